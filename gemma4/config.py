@@ -1,0 +1,360 @@
+"""Model configuration, read from GGUF metadata and checked against the tensor inventory.
+
+Keys and their meaning follow the GGUF specification and llama.cpp's `gemma3` and `gemma4` loaders. Every shape comes
+from the file: a missing key or tensor is an error that names it, never a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gemma4.quant.errors import (
+    MetadataError,
+    MissingTensorError,
+    ShapeError,
+    UnsupportedArchitectureError,
+    UnsupportedFeatureError,
+)
+from gemma4.quant.ggml_types import GGMLType
+
+if TYPE_CHECKING:
+    from gemma4.quant.gguf_file import GGUFFile, TensorInfo
+
+_T = TypeVar("_T")
+
+# Gemma 3 files do not store these two; they are constants of the architecture.
+_GEMMA3_SLIDING_PERIOD: Final = 6
+_GEMMA3_ROPE_THETA_SLIDING: Final = 1e4
+# Gemma 3 27B alone scales queries by hidden/heads instead of the head size; it is known by its depth.
+_GEMMA3_27B_LAYERS: Final = 62
+
+_NOT_A_TEXT_MODEL: Final = {
+    "clip": "this is a multimodal projector (mmproj) file; pass the text model's GGUF instead",
+    "gemma4-assistant": "this is a drafter for speculative decoding; pass the model it belongs to instead",
+}
+
+
+class LayerKind(StrEnum):
+    """How far a layer attends: over a sliding window, or over the whole context."""
+
+    SLIDING = "sliding"
+    FULL = "full"
+
+
+class LayerConfig(BaseModel):
+    """One decoder layer; sizes in elements."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: LayerKind
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    k_eq_v: bool  # no attn_v tensor: V is the key projection before its norm
+
+
+class Gemma4Config(BaseModel):
+    """A Gemma 4 or Gemma 3 text model. Immutable; equal configs build equal models."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    name: str
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    context_length: int = Field(gt=0)  # tokens the model was trained for
+    sliding_window: int = Field(gt=0)  # tokens a sliding layer sees, the current one included
+    rms_norm_eps: float = Field(gt=0, lt=1)
+    query_scale: float = Field(gt=0)  # multiplies q·k
+    rope_theta_full: float = Field(gt=0)
+    rope_theta_sliding: float = Field(gt=0)
+    rope_scaling_factor: float = Field(gt=0)  # linear position scaling of full layers; 1 = none
+    rope_freq_factors: tuple[float, ...] | None = Field(repr=False)  # [head_dim // 2] divisors for full layers
+    final_logit_softcapping: float | None
+    tie_word_embeddings: bool
+    has_v_norm: bool
+    has_layer_scalar: bool
+    layers: tuple[LayerConfig, ...]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> Gemma4Config:
+        """Reads the configuration of an open file.
+
+        Raises UnsupportedArchitectureError, UnsupportedFeatureError, MetadataError, MissingTensorError or ShapeError.
+        """
+        architecture = file.metadata.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise MetadataError(
+                f"found {architecture!r}, expected a string", path=file.path, field="general.architecture"
+            )
+        if architecture in _NOT_A_TEXT_MODEL:
+            raise UnsupportedArchitectureError(
+                f"found {architecture!r}: {_NOT_A_TEXT_MODEL[architecture]}",
+                path=file.path,
+                field="general.architecture",
+            )
+        read = _READERS.get(architecture)
+        if read is None:
+            raise UnsupportedArchitectureError(
+                f"found {architecture!r}, supported are {', '.join(sorted(_READERS))}",
+                path=file.path,
+                field="general.architecture",
+            )
+        return read(_Header(file, architecture))
+
+
+class _Header:
+    """Typed access to the `{architecture}.*` keys and to the tensor inventory."""
+
+    def __init__(self, file: GGUFFile, architecture: str) -> None:
+        self.path: Path = file.path
+        self.metadata: Mapping[str, Any] = file.metadata
+        self.tensors: Mapping[str, TensorInfo] = file.tensors
+        self.architecture = architecture
+        self._file = file
+        self.num_layers = self.count("block_count")
+        self._check_blocks()
+
+    def has(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self.metadata
+
+    def error(self, key: str, message: str) -> MetadataError:
+        return MetadataError(message, path=self.path, field=f"{self.architecture}.{key}")
+
+    def _value(self, key: str) -> Any:
+        full = f"{self.architecture}.{key}"
+        if full not in self.metadata:
+            raise MetadataError("the key is missing; the file does not describe this model", path=self.path, field=full)
+        return self.metadata[full]
+
+    def _checked(self, key: str, value: Any, kind: type[_T], valid: Callable[[Any], bool], what: str) -> _T:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not valid(value):
+            raise self.error(key, f"found {value!r}, expected {what}")
+        return value
+
+    def count(self, key: str) -> int:
+        return self._checked(key, self._value(key), int, lambda v: 0 < v < 2**31, "a positive integer")
+
+    def optional_count(self, key: str) -> int:
+        """0 when the key is absent: only for features whose absence means 'not there'."""
+        if not self.has(key):
+            return 0
+        return self._checked(key, self._value(key), int, lambda v: 0 <= v < 2**31, "an integer of at least 0")
+
+    def number(self, key: str) -> float:
+        value = self._value(key)
+        value = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return self._checked(key, value, float, lambda v: 0 < v < float("inf"), "a positive finite number")
+
+    def per_layer_counts(self, key: str) -> tuple[int, ...]:
+        value = self._value(key)
+        if isinstance(value, int):
+            return (self.count(key),) * self.num_layers
+        self._check_length(key, value)
+        return tuple(self._checked(key, v, int, lambda v: 0 < v < 2**31, "positive integers") for v in value)
+
+    def per_layer_flags(self, key: str) -> tuple[bool, ...]:
+        value = self._value(key)
+        self._check_length(key, value)
+        return tuple(self._checked(key, v, bool, lambda _: True, "booleans") for v in value)
+
+    def _check_length(self, key: str, value: Any) -> None:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise self.error(key, f"found {value!r}, expected an array with one entry per layer")
+        if len(value) != self.num_layers:
+            raise self.error(key, f"found {len(value)} entries, expected {self.num_layers}, one per layer")
+
+    def shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        if name not in self.tensors:
+            raise MissingTensorError("the tensor is missing from the file", path=self.path, field=name)
+        shape = self.tensors[name].shape
+        if len(shape) != ndim:
+            raise ShapeError(f"found shape {list(shape)}, expected {ndim} dimensions", path=self.path, field=name)
+        return shape
+
+    def vector(self, name: str) -> tuple[float, ...]:
+        """The values of a small F32 vector."""
+        self.shape(name, 1)
+        if self.tensors[name].type is not GGMLType.F32:
+            raise ShapeError(f"found type {self.tensors[name].type.name}, expected F32", path=self.path, field=name)
+        return tuple(self._file.data(name).cast("f"))
+
+    def uniform_presence(self, suffix: str, layers: Sequence[int], why: str) -> bool:
+        """Whether every layer of `layers` has the tensor; present in only some of them is an error."""
+        absent = [i for i in layers if f"blk.{i}.{suffix}" not in self.tensors]
+        if absent and len(absent) != len(layers):
+            raise MissingTensorError(
+                f"the tensor is missing, while other layers have theirs ({why})",
+                path=self.path,
+                field=f"blk.{absent[0]}.{suffix}",
+            )
+        return not absent
+
+    def _check_blocks(self) -> None:
+        for name in self.tensors:
+            part = name.split(".", 2)
+            if part[0] == "blk" and (not part[1].isdecimal() or int(part[1]) >= self.num_layers):
+                raise self.error("block_count", f"found {self.num_layers}, but the file has a tensor {name}")
+
+
+def _require_absent(header: _Header) -> None:
+    """Refuses what this version cannot run, by feature."""
+    features = {
+        "per-layer embeddings (E2B, E4B)": header.optional_count("embedding_length_per_layer_input"),
+        "KV layers shared between layers (E2B, E4B)": header.optional_count("attention.shared_kv_layers"),
+        "mixture of experts (26B-A4B)": header.optional_count("expert_count"),
+    }
+    missing = [name for name, size in features.items() if size]
+    if (
+        any(name.endswith(".ffn_gate_inp.weight") for name in header.tensors)
+        and not features["mixture of experts (26B-A4B)"]
+    ):
+        raise header.error("expert_count", "the key is missing, but the file has router tensors")
+    if missing:
+        raise UnsupportedFeatureError(
+            f"the model needs {' and '.join(missing)}, not supported yet",
+            path=header.path,
+            field=header.architecture,
+        )
+
+
+def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gemma4Config:
+    vocab_size, hidden = header.shape("token_embd.weight", 2)
+    hidden_size = header.count("embedding_length")
+    if hidden != hidden_size:
+        raise ShapeError(
+            f"found {hidden} columns, expected {header.architecture}.embedding_length = {hidden_size}",
+            path=header.path,
+            field="token_embd.weight",
+        )
+    for layer in layers:
+        if layer.num_attention_heads % layer.num_key_value_heads:
+            raise header.error(
+                "attention.head_count_kv",
+                f"found {layer.num_key_value_heads}, expected a divisor of {layer.num_attention_heads} query heads",
+            )
+        if layer.head_dim % 2:
+            raise header.error("attention.key_length", f"found {layer.head_dim}, expected an even head size")
+    name = header.metadata.get("general.name", header.architecture)
+    return Gemma4Config(
+        architecture=header.architecture,
+        name=str(name),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        context_length=header.count("context_length"),
+        sliding_window=header.count("attention.sliding_window"),
+        rms_norm_eps=header.number("attention.layer_norm_rms_epsilon"),
+        rope_theta_full=header.number("rope.freq_base"),
+        tie_word_embeddings="output.weight" not in header.tensors,
+        layers=tuple(layers),
+        **fields,
+    )
+
+
+def _head_dim(header: _Header, suffix: str = "") -> int:
+    """The head size of one kind of layer; K, V and RoPE must agree on it."""
+    key_length = header.count(f"attention.key_length{suffix}")
+    value_length = header.count(f"attention.value_length{suffix}")
+    if value_length != key_length:
+        raise header.error(
+            f"attention.value_length{suffix}", f"found {value_length}, expected the key length {key_length}"
+        )
+    rope = f"rope.dimension_count{suffix}"
+    if header.has(rope) and header.count(rope) != key_length:
+        raise header.error(rope, f"found {header.count(rope)}, expected the head size {key_length}")
+    return key_length
+
+
+def _gemma4(header: _Header) -> Gemma4Config:
+    _require_absent(header)
+    kinds = [
+        LayerKind.SLIDING if is_sliding else LayerKind.FULL
+        for is_sliding in header.per_layer_flags("attention.sliding_window_pattern")
+    ]
+    full = [i for i, kind in enumerate(kinds) if kind is LayerKind.FULL]
+    heads = header.count("attention.head_count")
+    kv_heads = header.per_layer_counts("attention.head_count_kv")
+    intermediate = header.per_layer_counts("feed_forward_length")
+    head_dims = {LayerKind.FULL: _head_dim(header), LayerKind.SLIDING: _head_dim(header, "_swa")}
+    k_eq_v = bool(full) and not header.uniform_presence("attn_v.weight", full, "full layers all have one or none")
+    factors = header.vector("rope_freqs.weight") if full else None
+    if factors is not None and len(factors) != head_dims[LayerKind.FULL] // 2:
+        raise ShapeError(
+            f"found {len(factors)} values, expected half the full layers' head size {head_dims[LayerKind.FULL]}",
+            path=header.path,
+            field="rope_freqs.weight",
+        )
+    if factors is not None and not all(factor > 0 for factor in factors):
+        raise MetadataError("found a value that is not positive", path=header.path, field="rope_freqs.weight")
+    layers = [
+        LayerConfig(
+            kind=kind,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads[i],
+            head_dim=head_dims[kind],
+            intermediate_size=intermediate[i],
+            k_eq_v=k_eq_v and kind is LayerKind.FULL,
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    return _build(
+        header,
+        layers,
+        query_scale=1.0,
+        rope_theta_sliding=header.number("rope.freq_base_swa"),
+        rope_scaling_factor=1.0,
+        rope_freq_factors=factors,
+        final_logit_softcapping=header.number("final_logit_softcapping"),
+        has_v_norm=True,
+        has_layer_scalar=header.uniform_presence(
+            "layer_output_scale.weight", range(header.num_layers), "all layers have one or none"
+        ),
+    )
+
+
+def _gemma3(header: _Header) -> Gemma4Config:
+    heads = header.count("attention.head_count")
+    kv_heads = header.per_layer_counts("attention.head_count_kv")
+    intermediate = header.per_layer_counts("feed_forward_length")
+    head_dim = _head_dim(header)
+    layers = [
+        LayerConfig(
+            kind=LayerKind.FULL if (i + 1) % _GEMMA3_SLIDING_PERIOD == 0 else LayerKind.SLIDING,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads[i],
+            head_dim=head_dim,
+            intermediate_size=intermediate[i],
+            k_eq_v=False,
+        )
+        for i in range(header.num_layers)
+    ]
+    scaling = header.metadata.get("gemma3.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise header.error("rope.scaling.type", f"found {scaling!r}, expected 'none' or 'linear'")
+    is_27b = header.num_layers == _GEMMA3_27B_LAYERS
+    query_dim = header.count("embedding_length") / heads if is_27b else head_dim
+    has_own_theta, has_softcap = header.has("rope.freq_base_swa"), header.has("final_logit_softcapping")
+    return _build(
+        header,
+        layers,
+        query_scale=query_dim**-0.5,
+        rope_theta_sliding=header.number("rope.freq_base_swa") if has_own_theta else _GEMMA3_ROPE_THETA_SLIDING,
+        rope_scaling_factor=header.number("rope.scaling.factor") if scaling == "linear" else 1.0,
+        rope_freq_factors=None,
+        final_logit_softcapping=header.number("final_logit_softcapping") if has_softcap else None,
+        has_v_norm=False,
+        has_layer_scalar=False,
+    )
+
+
+_READERS: Final[Mapping[str, Callable[[_Header], Gemma4Config]]] = {"gemma3": _gemma3, "gemma4": _gemma4}

@@ -1,0 +1,106 @@
+"""GGUF tensor names, the shapes a configuration requires of them, and the transforms that turn them into model weights.
+
+Everything that happens to a checkpoint on its way into the model is in this list. Names inside the model follow
+Hugging Face's modules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from gemma4.config import Gemma4Config
+from gemma4.quant.ggml_types import GGMLType
+from gemma4.quant.plan import LoadPlan, make_plan
+from gemma4.quant.transforms import concat_rows, read_by_config, register_transforms, rename, transforms_for
+
+if TYPE_CHECKING:
+    from gemma4.quant.gguf_file import GGUFFile
+
+_GLOBAL_NAMES: Final = {
+    "token_embd.weight": "embed_tokens.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES: Final = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+    "layer_output_scale.weight": "layer_scalar",
+}
+
+_TEXT_MODEL: Final = (
+    concat_rows(
+        "blk.{layer}.ffn_gate.weight",
+        "blk.{layer}.ffn_up.weight",
+        target="layers.{layer}.mlp.gate_up_proj.weight",
+        types=frozenset({GGMLType.Q4_K}),
+        label="gate+up",
+    ),
+    read_by_config("rope_freqs.weight"),
+    *(rename(source, target) for source, target in _GLOBAL_NAMES.items()),
+    *(rename(f"blk.{{layer}}.{source}", f"layers.{{layer}}.{target}") for source, target in _LAYER_NAMES.items()),
+)
+
+for _architecture in ("gemma3", "gemma4"):
+    register_transforms(_architecture, *_TEXT_MODEL)
+
+
+def expected_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
+    """The tensors a file must hold for this configuration, no more and no less: GGUF name -> torch shape."""
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (config.vocab_size, hidden),
+        "output_norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["output.weight"] = (config.vocab_size, hidden)
+    if config.rope_freq_factors is not None:
+        shapes["rope_freqs.weight"] = (len(config.rope_freq_factors),)
+    for i, layer in enumerate(config.layers):
+        q_size = layer.num_attention_heads * layer.head_dim
+        kv_size = layer.num_key_value_heads * layer.head_dim
+        ffn = layer.intermediate_size
+        sizes: dict[str, tuple[int, ...]] = {
+            "attn_norm.weight": (hidden,),
+            "attn_q.weight": (q_size, hidden),
+            "attn_k.weight": (kv_size, hidden),
+            "attn_q_norm.weight": (layer.head_dim,),
+            "attn_k_norm.weight": (layer.head_dim,),
+            "attn_output.weight": (hidden, q_size),
+            "post_attention_norm.weight": (hidden,),
+            "ffn_norm.weight": (hidden,),
+            "ffn_gate.weight": (ffn, hidden),
+            "ffn_up.weight": (ffn, hidden),
+            "ffn_down.weight": (hidden, ffn),
+            "post_ffw_norm.weight": (hidden,),
+        }
+        if not layer.k_eq_v:
+            sizes["attn_v.weight"] = (kv_size, hidden)
+        if config.has_layer_scalar:
+            sizes["layer_output_scale.weight"] = (1,)
+        shapes |= {f"blk.{i}.{name}": size for name, size in sizes.items()}
+    return shapes
+
+
+def plan_load(file: GGUFFile, config: Gemma4Config, *, fuse: bool = True) -> LoadPlan:
+    """The load plan of an open file. Raises the errors of `make_plan`."""
+    return make_plan(
+        config.architecture,
+        file.tensors,
+        expected_tensors(config),
+        transforms_for(config.architecture),
+        num_layers=config.num_hidden_layers,
+        is_head_tied=config.tie_word_embeddings,
+        fuse=fuse,
+        path=file.path,
+    )
