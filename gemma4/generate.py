@@ -1,0 +1,85 @@
+"""The generation loop: prefill in chunks, then one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gemma4.cache import KVCache
+from gemma4.model import TextModel
+from gemma4.quant.errors import ContextError
+from gemma4.sampling import SamplingParams, sample
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ContextError for an empty prompt, ValueError for an id outside the vocabulary."""
+    if not ids:
+        raise ContextError("found no tokens, expected at least one", field="ids")
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"ids: found {outside}, expected 0 to {vocab_size - 1}")
+
+
+@torch.inference_mode()
+def prefill(model: TextModel, cache: KVCache, ids: Sequence[int], start: int = 0, *, all_logits: bool = False) -> Tensor:
+    """Runs `ids` at positions start, start + 1, … through the model, at most a chunk at a time.
+
+    Returns float32 [1, vocab_size] of the last token, or [len(ids), vocab_size].
+    Raises ContextError where the cache has no room.
+    """
+    if start + len(ids) > cache.max_seq_len:
+        raise ContextError(
+            f"found {start + len(ids)} tokens, the cache holds {cache.max_seq_len}; raise max_seq_len or shorten the text",
+            field="ids",
+        )
+    device = model.norm.weight.device
+    tokens = torch.tensor(ids, dtype=torch.int64, device=device)
+    positions = torch.arange(start, start + len(ids), dtype=torch.int64, device=device)
+    logits: list[Tensor] = []
+    for begin in range(0, len(ids), cache.chunk_size):
+        chunk = slice(begin, begin + cache.chunk_size)
+        wanted = None if all_logits else int(chunk.stop >= len(ids))
+        logits.append(model(tokens[chunk], positions[chunk], cache, wanted))
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: TextModel,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    eog_ids: frozenset[int] = frozenset(),
+    suppress_ids: Sequence[int] = (),
+    max_seq_len: int,
+) -> Iterator[int]:
+    """Yields up to `max_new_tokens` ids that follow `ids`; ends after an id in `eog_ids`, which is yielded too.
+
+    Equal seeds give equal ids. Raises ContextError where prompt and new tokens do not fit in `max_seq_len`.
+    """
+    check_ids(ids, model.config.vocab_size)
+    needed = len(ids) + max_new_tokens
+    if needed > max_seq_len:
+        raise ContextError(
+            f"{len(ids)} prompt tokens and {max_new_tokens} new ones need {needed} positions, max_seq_len is "
+            f"{max_seq_len}; load with a larger max_seq_len or ask for fewer tokens",
+            field="max_new_tokens",
+        )
+    device = model.norm.weight.device
+    cache = KVCache(model.config, needed, model.dtype, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    suppressed = torch.tensor(suppress_ids, dtype=torch.int64, device=device)
+    logits = prefill(model, cache, ids)
+    position = torch.tensor([len(ids)], dtype=torch.int64, device=device)
+    for step in range(max_new_tokens):
+        token = sample(logits[0].index_fill_(0, suppressed, float("-inf")), params, generator)
+        new_id = int(token)
+        yield new_id
+        if new_id in eog_ids or step + 1 == max_new_tokens:
+            return
+        logits = model(token, position, cache)
+        position += 1
