@@ -1,0 +1,373 @@
+"""Attention of the newest 1 to 8 tokens over a KV cache: split-K flash decoding.
+
+    out[b, h, t] = softmax_j(scale * q[b, h, t] . k[b, h // G, j % L]) v[b, h // G, j % L],  G = Hq // Hkv,
+    max(0, p_t - window + 1) <= j <= p_t,  p_t = input_pos[t]   (window 0: 0 <= j <= p_t)
+
+q [B, Hq, T, D] and k, v [B, Hkv, L, D] in bfloat16, float16 or float32; input_pos [T] int64, consecutive. The keys and
+values of all T tokens are in the cache already. A cache is a ring: position j lives in slot j % L, so a full-attention
+layer (L = longest context) and a sliding layer (L >= window + T - 1) read alike.
+
+The G * T rows that share a KV head form one tile. The keys are divided among a fixed number of programs; each finds its
+range from input_pos on the device, so one CUDA graph serves every step at a cost that follows the context and not L.
+A second kernel merges the partial results in a fixed order, which makes the output the same bits on every run.
+Method: FlashAttention-2 (Dao, 2023) with the key split of Flash-Decoding (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+MAX_TOKENS = 8  # rows of one tile stay few enough to live in registers
+LOG2_E = math.log2(math.e)
+COMBINE_BLOCK_D = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Shape of one launch: rows and keys of a tile, and how many programs share a streaming multiprocessor."""
+
+    block_r: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+    def shared_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Upper bound of the shared memory of one program: K and V tiles in flight, Q, the exchange of scores."""
+        tiles = 2 * max(1, self.num_stages - 1) * self.block_n * head_dim * itemsize
+        return tiles + self.block_r * (head_dim * itemsize + self.block_n * 4) + 1024
+
+
+# Best first. A launch takes the first that holds its rows and fits the shared memory of the device.
+CONFIGS = (
+    DecodeConfig(block_r=16, block_n=32, num_warps=4, num_stages=3, programs_per_sm=1),
+    DecodeConfig(block_r=16, block_n=32, num_warps=4, num_stages=2, programs_per_sm=1),
+    DecodeConfig(block_r=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=1),
+    DecodeConfig(block_r=32, block_n=32, num_warps=8, num_stages=3, programs_per_sm=1),
+    DecodeConfig(block_r=32, block_n=32, num_warps=8, num_stages=2, programs_per_sm=1),
+    DecodeConfig(block_r=32, block_n=16, num_warps=8, num_stages=2, programs_per_sm=1),
+)
+
+
+@cache
+def _device_limits(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory one program may use)."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------- reference
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, key_pos: Tensor, scale: float, window: int
+) -> Tensor:
+    """Attention of q [B, Hq, T, D] over k, v [B, Hkv, N, D] whose key n stands at position key_pos[n] (< 0: nothing).
+
+    Computed in float32 (float64 for float64 input), returned in q's dtype. Keys without a position never reach the
+    result, whatever they hold.
+    """
+    batch, q_heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    held = key_pos >= 0
+    mask = held & (key_pos <= query_pos[:, None])
+    if window > 0:
+        mask &= key_pos > query_pos[:, None] - window
+    k, v = (x.to(dtype).masked_fill(~held[:, None], 0.0) for x in (k, v))
+    rows = q.to(dtype).reshape(batch, kv_heads, -1, head_dim)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        rows, k, v, attn_mask=mask.repeat(q_heads // kv_heads, 1), scale=scale
+    )
+    return out.reshape(batch, q_heads, tokens, head_dim).to(q.dtype)
+
+
+def slot_positions(newest: Tensor, length: int) -> Tensor:
+    """Position held by each slot of a ring of `length` slots whose newest position is `newest`; < 0: empty."""
+    slots = torch.arange(length, device=newest.device)
+    return newest - (newest - slots) % length
+
+
+def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Tensor:
+    """The definition, over every slot of the cache: no value of `input_pos` is read on the host."""
+    return masked_attention(q, k, v, input_pos, slot_positions(input_pos[-1], k.shape[2]), scale, window)
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def _key_range(input_pos_ptr, T: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First position of the T tokens, first key, end of keys, keys of one split (a multiple of BLOCK_N)."""
+    first = tl.load(input_pos_ptr).to(tl.int32)
+    end = first + T
+    begin = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else 0
+    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N
+    return first, begin, end, share
+
+
+@triton.jit
+def _decode_split_kernel(
+    q_ptr,  # [B, Hkv * GROUP, T, D]
+    k_ptr,  # [B, Hkv, L, D]
+    v_ptr,  # [B, Hkv, L, D]
+    input_pos_ptr,  # [T] int64
+    acc_ptr,  # [B, Hkv, SPLITS, GROUP * T, D] float32, sums of exp2(score - max) * v
+    max_ptr,  # [B, Hkv, SPLITS, GROUP * T] float32, largest score in units of log2
+    sum_ptr,  # [B, Hkv, SPLITS, GROUP * T] float32, sums of exp2(score - max)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    scale_log2,
+    cache_len,
+    kv_heads,
+    T: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    ROWS: tl.constexpr = GROUP * T
+    row_tiles = tl.cdiv(ROWS, BLOCK_R)
+    head_index = (tl.program_id(0) // row_tiles).to(tl.int64)  # over B * Hkv
+    batch, head = head_index // kv_heads, head_index % kv_heads
+    split = tl.program_id(1)
+    first, begin, end, share = _key_range(input_pos_ptr, T, WINDOW, SPLITS, BLOCK_N)
+    begin += split * share
+    if begin >= end:
+        return
+    end = tl.minimum(begin + share, end)
+
+    rows = (tl.program_id(0) % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = rows < ROWS
+    row_pos = first + rows % T
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    q_rows = batch * stride_qb + (head * GROUP + rows // T) * stride_qh + (rows % T) * stride_qt
+    q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
+    k_base = k_ptr + batch * stride_kb + head * stride_kh
+    v_base = v_ptr + batch * stride_vb + head * stride_vh
+
+    slot_n = offs_n % cache_len
+    acc = tl.zeros([BLOCK_R, D], tl.float32)
+    row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_R], tl.float32)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
+        key_pos = start + offs_n
+        key_mask = key_pos < end
+        slots = start % cache_len + slot_n
+        slots = tl.where(slots >= cache_len, slots - cache_len, slots).to(tl.int64)
+        k = tl.load(k_base + slots[:, None] * stride_kl + offs_d[None, :], mask=key_mask[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        seen = key_mask[None, :] & (key_pos[None, :] <= row_pos[:, None])
+        if WINDOW > 0:
+            seen = seen & (key_pos[None, :] > row_pos[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see none of the first keys
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(row_max - shift)
+        row_sum = row_sum * decay + tl.sum(weights, 1)
+        row_max = new_max
+        v = tl.load(v_base + slots[:, None] * stride_vl + offs_d[None, :], mask=key_mask[:, None], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+
+    out_rows = (head_index * SPLITS + split) * ROWS + rows
+    tl.store(acc_ptr + out_rows[:, None] * D + offs_d[None, :], acc, mask=row_mask[:, None])
+    tl.store(max_ptr + out_rows, row_max, mask=row_mask)
+    tl.store(sum_ptr + out_rows, row_sum, mask=row_mask)
+
+
+@triton.jit
+def _decode_combine_kernel(
+    acc_ptr,  # [B, Hkv, SPLITS, ROWS, D] float32
+    max_ptr,  # [B, Hkv, SPLITS, ROWS] float32
+    sum_ptr,  # [B, Hkv, SPLITS, ROWS] float32
+    input_pos_ptr,  # [T] int64
+    out_ptr,  # [B, Hq, T, D] contiguous = [B, Hkv, ROWS, D]
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    _, begin, end, share = _key_range(input_pos_ptr, T, WINDOW, SPLITS, BLOCK_N)
+    out_row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    splits = tl.arange(0, SPLITS_PADDED)
+    used = splits < tl.cdiv(end - begin, share)
+    part_rows = (out_row // ROWS * SPLITS + splits) * ROWS + out_row % ROWS
+    part_max = tl.load(max_ptr + part_rows, mask=used, other=float("-inf"))
+    part_sum = tl.load(sum_ptr + part_rows, mask=used, other=0.0)
+    acc = tl.load(acc_ptr + part_rows[:, None] * D + offs_d[None, :], mask=used[:, None], other=0.0)
+    weight = tl.exp2(part_max - tl.max(part_max, 0))
+    out = tl.sum(acc * weight[:, None], 0) / tl.sum(part_sum * weight, 0)
+    tl.store(out_ptr + out_row * D + offs_d, out.to(out_ptr.dtype.element_ty))
+
+
+# ----------------------------------------------------------------------------------------------------------- op
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: int) -> None:
+    """Raise ValueError unless q [B, Hq, T, D], k and v [B, Hkv, L, D] and input_pos [T] belong together."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q and k must have 4 dimensions, got {list(q.shape)} and {list(k.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {list(q.shape)} does not fit k {list(k.shape)}")
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    head_dim = q.shape[3]
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(f"head_dim must be a power of two from 16 on, got {head_dim}")
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        raise ValueError("q, k and v must be contiguous along head_dim")
+    if input_pos.dim() != 1 or input_pos.shape[0] != q.shape[2] or input_pos.dtype != torch.int64:
+        raise ValueError(f"input_pos must be int64 [{q.shape[2]}], got {input_pos.dtype} {list(input_pos.shape)}")
+    if window < 0:
+        raise ValueError(f"window must be 0 (unlimited) or more, got {window}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: int) -> None:
+    check_attention(q, k, v, input_pos, window)
+    if not 1 <= q.shape[2] <= MAX_TOKENS:
+        raise ValueError(f"decode_attention takes 1 to {MAX_TOKENS} tokens, got {q.shape[2]}")
+    if window > 0 and k.shape[2] < window + q.shape[2] - 1:
+        raise ValueError(f"a window of {window} and {q.shape[2]} tokens do not fit a cache of {k.shape[2]} slots")
+
+
+def choose_config(rows: int, head_dim: int, itemsize: int, shared_limit: int) -> DecodeConfig:
+    """The first of CONFIGS made for this many rows that fits the shared memory, else the smallest of them."""
+    block_r = 16 if rows <= 16 else 32
+    configs = [c for c in CONFIGS if c.block_r == block_r]
+    return next((c for c in configs if c.shared_bytes(head_dim, itemsize) <= shared_limit), configs[-1])
+
+
+def split_count(config: DecodeConfig, heads: int, rows: int, max_keys: int, multiprocessors: int) -> int:
+    """Programs that share the keys of one head, so that all heads together fill the device once."""
+    programs = heads * -(-rows // config.block_r)
+    filling = max(1, config.programs_per_sm * multiprocessors // programs)
+    return min(filling, -(-max_keys // config.block_n))
+
+
+def decode_attention_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_pos: Tensor,
+    scale: float,
+    window: int,
+    config: DecodeConfig,
+    splits: int,
+) -> Tensor:
+    """Run the two kernels with the given configuration."""
+    batch, q_heads, tokens, head_dim = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    rows = q_heads // kv_heads * tokens
+    acc = q.new_empty((batch, kv_heads, splits, rows, head_dim), dtype=torch.float32)
+    row_max = q.new_empty((batch, kv_heads, splits, rows), dtype=torch.float32)
+    row_sum = torch.empty_like(row_max)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    wrap_triton(_decode_split_kernel)[(batch * kv_heads * triton.cdiv(rows, config.block_r), splits)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        input_pos_ptr=input_pos,
+        acc_ptr=acc,
+        max_ptr=row_max,
+        sum_ptr=row_sum,
+        stride_qb=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_qt=q.stride(2),
+        stride_kb=k.stride(0),
+        stride_kh=k.stride(1),
+        stride_kl=k.stride(2),
+        stride_vb=v.stride(0),
+        stride_vh=v.stride(1),
+        stride_vl=v.stride(2),
+        scale_log2=scale * LOG2_E,
+        cache_len=length,
+        kv_heads=kv_heads,
+        T=tokens,
+        GROUP=q_heads // kv_heads,
+        WINDOW=window,
+        SPLITS=splits,
+        D=head_dim,
+        BLOCK_R=config.block_r,
+        BLOCK_N=config.block_n,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    block_d = min(COMBINE_BLOCK_D, head_dim)
+    wrap_triton(_decode_combine_kernel)[(batch * q_heads * tokens, head_dim // block_d)](
+        acc_ptr=acc,
+        max_ptr=row_max,
+        sum_ptr=row_sum,
+        input_pos_ptr=input_pos,
+        out_ptr=out,
+        T=tokens,
+        ROWS=rows,
+        WINDOW=window,
+        SPLITS=splits,
+        SPLITS_PADDED=triton.next_power_of_2(splits),
+        D=head_dim,
+        BLOCK_N=config.block_n,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return out
+
+
+@triton_op("gemma4::decode_attention", mutates_args={})
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Tensor:
+    """Attend from q [B, Hq, T, D], T = 1 to 8, to a cache k, v [B, Hkv, L, D] that holds these tokens already.
+
+    `input_pos` [T] int64, consecutive; `window` 0 attends to everything before. Returns [B, Hq, T, D] in q's dtype.
+    Raises ValueError on shapes, dtypes or strides that do not fit. Positions are not checked: they stay on the device.
+    """
+    _check(q, k, v, input_pos, window)
+    if q.device.type == "cpu":
+        return decode_attention_reference(q, k, v, input_pos, scale, window)
+    tokens, head_dim = q.shape[2], q.shape[3]
+    rows = q.shape[1] // k.shape[1] * tokens
+    multiprocessors, shared_limit = _device_limits(q.device)
+    config = choose_config(rows, head_dim, q.element_size(), shared_limit)
+    max_keys = min(k.shape[2], window + tokens - 1) if window > 0 else k.shape[2]
+    splits = split_count(config, k.shape[0] * k.shape[1], rows, max_keys, multiprocessors)
+    return decode_attention_launch(q, k, v, input_pos, scale, window, config, splits)
+
+
+@decode_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Tensor:
+    _check(q, k, v, input_pos, window)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@decode_attention.register_kernel("cpu")
+def _(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Tensor:
+    _check(q, k, v, input_pos, window)
+    first, last = int(input_pos[0]), int(input_pos[-1])
+    key_pos = torch.arange(max(0, first - window + 1) if window > 0 else 0, last + 1)
+    slots = key_pos % k.shape[2]
+    return masked_attention(q, k[:, :, slots], v[:, :, slots], input_pos, key_pos, scale, window)

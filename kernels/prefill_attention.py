@@ -1,0 +1,376 @@
+"""Attention of a chunk of new tokens over the KV cache as it was before the chunk, and causally over the chunk itself.
+
+    out[b, h, t] = softmax_j(scale * q[b, h, t] . k_j) v_j,   max(0, p_t - window + 1) <= j <= p_t,  p_t = input_pos[t]
+    k_j, v_j = k_cache, v_cache[b, h // G, j % L] for j < input_pos[0], else k_new, v_new[b, h // G, j - input_pos[0]]
+
+q [B, Hq, T, D], k_new and v_new [B, Hkv, T, D], caches [B, Hkv, L, D], all of one dtype; input_pos [T] int64,
+consecutive; T >= 1; window 0 attends to everything before. Attend first, then write the chunk into the cache: the old
+keys that early rows of the chunk still need would otherwise be overwritten in a ring. A ring needs L >= window - 1
+slots; how long the chunk is does not matter.
+
+A tile holds BLOCK_M rows (token, query head of the group), token major, so all heads of a group share the keys they
+load and the causal edge cuts few keys. Key loops run over the window only: a sliding layer costs O(T * window).
+Method: FlashAttention-2 (Dao, 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from gemma4.kernels.decode_attention import LOG2_E, check_attention, masked_attention, slot_positions
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """Shape of one launch: rows and keys of a tile. `wgmma`: for Hopper's warpgroup instructions."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    wgmma: bool
+
+    def shared_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Upper bound of the shared memory of one program: K and V tiles in flight, Q, the exchange of scores."""
+        in_flight = self.num_stages if self.wgmma else max(1, self.num_stages - 1)
+        tiles = 2 * in_flight * self.block_n * head_dim * itemsize
+        return tiles + self.block_m * (head_dim * itemsize + self.block_n * 4) + 1024
+
+    def fits(self, head_dim: int, itemsize: int, shared_limit: int) -> bool:
+        """Whether the float32 output tile stays in registers and the rest in shared memory."""
+        accumulator = self.block_m * head_dim // (32 * self.num_warps)
+        most = 128 if self.wgmma else 64
+        return accumulator <= most and self.shared_bytes(head_dim, itemsize) <= shared_limit
+
+
+# Best first. A launch takes the first that suits the device.
+CONFIGS = (
+    PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, wgmma=True),
+    PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, wgmma=True),
+    PrefillConfig(block_m=64, block_n=64, num_warps=8, num_stages=2, wgmma=False),
+    PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, wgmma=False),
+    PrefillConfig(block_m=32, block_n=32, num_warps=8, num_stages=2, wgmma=False),
+    PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, wgmma=False),
+)
+
+
+@cache
+def _device_limits(device: torch.device) -> tuple[bool, int]:
+    """(whether the device has warpgroup instructions, bytes of shared memory one program may use)."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major == 9, int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------- reference
+
+
+def prefill_attention_reference(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """The definition, over every slot of the cache: no value of `input_pos` is read on the host."""
+    old_pos = slot_positions(input_pos[0] - 1, k_cache.shape[2])
+    k, v = torch.cat((k_cache, k_new), 2), torch.cat((v_cache, v_new), 2)
+    return masked_attention(q, k, v, input_pos, torch.cat((old_pos, input_pos)), scale, window)
+
+
+# ------------------------------------------------------------------------------------------------------- kernel
+
+
+@triton.jit
+def _attend(
+    q,
+    acc,
+    row_max,
+    row_sum,
+    k_base,
+    v_base,
+    stride_kt,
+    stride_vt,
+    begin,
+    end,
+    slot_offset,
+    slots,
+    row_token,
+    scale_log2,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Online softmax over keys [begin, end), counted from the first new token; key j: row (j + slot_offset) % slots."""
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    wrapped_n = offs_n % slots
+    for start in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
+        key = start + offs_n
+        key_mask = key < end
+        row = (start + slot_offset) % slots + wrapped_n
+        row = tl.where(row >= slots, row - slots, row).to(tl.int64)
+        k = tl.load(k_base + row[:, None] * stride_kt + offs_d[None, :], mask=key_mask[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        seen = key_mask[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= row_token[:, None])
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > row_token[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see none of the first keys
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(row_max - shift)
+        row_sum = row_sum * decay + tl.sum(weights, 1)
+        row_max = new_max
+        v = tl.load(v_base + row[:, None] * stride_vt + offs_d[None, :], mask=key_mask[:, None], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _prefill_attention_kernel(
+    q_ptr,  # [B, Hkv * GROUP, T, D]
+    k_new_ptr,  # [B, Hkv, T, D]
+    v_new_ptr,  # [B, Hkv, T, D]
+    k_cache_ptr,  # [B, Hkv, L, D]
+    v_cache_ptr,  # [B, Hkv, L, D]
+    input_pos_ptr,  # [T] int64
+    out_ptr,  # [B, Hkv * GROUP, T, D] contiguous
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_kcb,
+    stride_kch,
+    stride_kcl,
+    stride_vcb,
+    stride_vch,
+    stride_vcl,
+    scale_log2,
+    tokens,
+    cache_len,
+    kv_heads,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    head_index = tl.program_id(1).to(tl.int64)  # over B * Hkv
+    batch, head = head_index // kv_heads, head_index % kv_heads
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest loops start first
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_token = rows // GROUP
+    row_mask = row_token < tokens
+    first_token = first_row // GROUP
+    end_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, tokens)
+    old_keys = tl.load(input_pos_ptr).to(tl.int32)
+
+    offs_d = tl.arange(0, D)
+    q_head = head * GROUP + rows % GROUP
+    q_rows = batch * stride_qb + q_head * stride_qh + row_token.to(tl.int64) * stride_qt
+    q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    begin = -old_keys
+    if WINDOW > 0:
+        begin = tl.maximum(begin, first_token - WINDOW + 1)
+    acc, row_max, row_sum = _attend(
+        q,
+        acc,
+        row_max,
+        row_sum,
+        k_cache_ptr + batch * stride_kcb + head * stride_kch,
+        v_cache_ptr + batch * stride_vcb + head * stride_vch,
+        stride_kcl,
+        stride_vcl,
+        begin,
+        0,
+        old_keys,
+        cache_len,
+        row_token,
+        scale_log2,
+        CAUSAL=False,
+        WINDOW=WINDOW,
+        D=D,
+        BLOCK_N=BLOCK_N,
+        NUM_STAGES=NUM_STAGES,
+    )
+    acc, row_max, row_sum = _attend(
+        q,
+        acc,
+        row_max,
+        row_sum,
+        k_new_ptr + batch * stride_kb + head * stride_kh,
+        v_new_ptr + batch * stride_vb + head * stride_vh,
+        stride_kt,
+        stride_vt,
+        tl.maximum(begin, 0),
+        end_token,
+        0,
+        tokens,
+        row_token,
+        scale_log2,
+        CAUSAL=True,
+        WINDOW=WINDOW,
+        D=D,
+        BLOCK_N=BLOCK_N,
+        NUM_STAGES=NUM_STAGES,
+    )
+    out = acc / row_sum[:, None]
+    out_rows = ((batch * kv_heads * GROUP + q_head) * tokens + row_token) * D
+    tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+
+
+# ----------------------------------------------------------------------------------------------------------- op
+
+
+def _check(
+    q: Tensor, k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, window: int
+) -> None:
+    check_attention(q, k_new, v_new, input_pos, window)
+    check_attention(q, k_cache, v_cache, input_pos, window)
+    if k_new.shape[2] != q.shape[2] or k_new.shape[1] != k_cache.shape[1]:
+        raise ValueError(f"k_new {list(k_new.shape)} does not fit q {list(q.shape)} and k_cache {list(k_cache.shape)}")
+    if window > 0 and k_cache.shape[2] < window - 1:
+        raise ValueError(f"a window of {window} does not fit a cache of {k_cache.shape[2]} slots")
+
+
+def choose_config(head_dim: int, itemsize: int, wgmma: bool, shared_limit: int) -> PrefillConfig:
+    """The first of CONFIGS that suits the device, else the smallest."""
+    configs = (c for c in CONFIGS if c.wgmma == wgmma and c.fits(head_dim, itemsize, shared_limit))
+    return next(configs, CONFIGS[-1])
+
+
+def prefill_attention_launch(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    scale: float,
+    window: int,
+    config: PrefillConfig,
+) -> Tensor:
+    """Run the kernel with the given configuration."""
+    batch, q_heads, tokens, head_dim = q.shape
+    kv_heads = k_new.shape[1]
+    group = q_heads // kv_heads
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    wrap_triton(_prefill_attention_kernel)[(triton.cdiv(tokens * group, config.block_m), batch * kv_heads)](
+        q_ptr=q,
+        k_new_ptr=k_new,
+        v_new_ptr=v_new,
+        k_cache_ptr=k_cache,
+        v_cache_ptr=v_cache,
+        input_pos_ptr=input_pos,
+        out_ptr=out,
+        stride_qb=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_qt=q.stride(2),
+        stride_kb=k_new.stride(0),
+        stride_kh=k_new.stride(1),
+        stride_kt=k_new.stride(2),
+        stride_vb=v_new.stride(0),
+        stride_vh=v_new.stride(1),
+        stride_vt=v_new.stride(2),
+        stride_kcb=k_cache.stride(0),
+        stride_kch=k_cache.stride(1),
+        stride_kcl=k_cache.stride(2),
+        stride_vcb=v_cache.stride(0),
+        stride_vch=v_cache.stride(1),
+        stride_vcl=v_cache.stride(2),
+        scale_log2=scale * LOG2_E,
+        tokens=tokens,
+        cache_len=k_cache.shape[2],
+        kv_heads=kv_heads,
+        GROUP=group,
+        WINDOW=window,
+        D=head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+@triton_op("gemma4::prefill_attention", mutates_args={})
+def prefill_attention(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Attend from a chunk q [B, Hq, T, D] to the cache before it and to its own keys k_new, v_new [B, Hkv, T, D].
+
+    The caches [B, Hkv, L, D] are only read: write the chunk afterwards. `input_pos` [T] int64, consecutive.
+    Returns [B, Hq, T, D] in q's dtype. Raises ValueError on shapes, dtypes or strides that do not fit.
+    """
+    _check(q, k_new, v_new, k_cache, v_cache, input_pos, window)
+    if q.device.type == "cpu":
+        return prefill_attention_reference(q, k_new, v_new, k_cache, v_cache, input_pos, scale, window)
+    wgmma, shared_limit = _device_limits(q.device)
+    config = choose_config(q.shape[3], q.element_size(), wgmma and q.dtype != torch.float32, shared_limit)
+    return prefill_attention_launch(q, k_new, v_new, k_cache, v_cache, input_pos, scale, window, config)
+
+
+@prefill_attention.register_fake
+def _(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    _check(q, k_new, v_new, k_cache, v_cache, input_pos, window)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@prefill_attention.register_kernel("cpu")
+def _(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    _check(q, k_new, v_new, k_cache, v_cache, input_pos, window)
+    first = int(input_pos[0])
+    old_pos = torch.arange(max(0, first - window + 1) if window > 0 else 0, first)
+    slots = old_pos % k_cache.shape[2]
+    k = torch.cat((k_cache[:, :, slots], k_new), 2)
+    v = torch.cat((v_cache[:, :, slots], v_new), 2)
+    return masked_attention(q, k, v, input_pos, torch.cat((old_pos, input_pos)), scale, window)
