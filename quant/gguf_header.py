@@ -36,7 +36,7 @@ _U64: Final = struct.Struct("<Q")
 _COUNTS: Final = struct.Struct("<QQ")
 _TENSOR_TAIL: Final = tuple(struct.Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1))
 _MIN_KEY_BYTES: Final = 14
-_MIN_TENSOR_BYTES: Final = 24
+_MIN_TENSOR_BYTES: Final = 25
 _MIN_ARRAY_BYTES: Final = 12
 
 
@@ -119,7 +119,7 @@ class _Cursor:
         self.size = len(data)
         self.end = min(self.size, limits.max_header_bytes)
         self.pos = 0
-        self.field = "header"
+        self.field = "magic"
         self.strings_left = limits.max_array_strings
         self.arrays_left = limits.max_nested_arrays
 
@@ -169,6 +169,8 @@ class _Cursor:
     def name(self, what: str) -> str:
         at = self.pos
         text = self.string(what, self.limits.max_name_bytes)
+        if not text:
+            raise self.malformed(f"{what} is empty", at)
         if "\0" in text:
             raise self.malformed(f"{what} contains a NUL byte", at)
         return text
@@ -183,20 +185,19 @@ def parse_header(data: mmap.mmap, path: Path, limits: Limits) -> Header:
     cursor.pos = len(MAGIC)
     version = _version(cursor)
     counts_at = cursor.pos
+    cursor.field = "header"
     tensor_count, key_count = cursor.number(_COUNTS, "the tensor and key counts")
     _check_count(cursor, "metadata keys", key_count, limits.max_keys, _MIN_KEY_BYTES, counts_at + 8)
     _check_count(cursor, "tensors", tensor_count, limits.max_tensors, _MIN_TENSOR_BYTES, counts_at)
     alignment = DEFAULT_ALIGNMENT
     metadata: dict[str, MetadataValue] = {}
     for index in range(key_count):
-        at = cursor.pos
+        key_at = cursor.pos
         cursor.field = f"metadata key {index}"
         key = cursor.name("the key")
         cursor.field = key
-        if not key:
-            raise cursor.malformed(f"metadata key {index} is empty", at)
         if key in metadata:
-            raise cursor.malformed("this metadata key appears twice", at)
+            raise cursor.malformed("this metadata key appears twice", key_at)
         value_at = cursor.pos
         (type_id,) = cursor.number(_U32, "the value type")
         metadata[key] = value = _value(cursor, key, type_id, value_at)
@@ -208,10 +209,10 @@ def parse_header(data: mmap.mmap, path: Path, limits: Limits) -> Header:
 
 def _version(cursor: _Cursor) -> int:
     at = cursor.pos
+    cursor.field = "version"
     (version,) = cursor.number(_U32, "the format version")
     if version in VERSIONS:
         return version
-    cursor.field = "version"
     if version == 0:
         raise cursor.malformed("the version is 0: probably a download that never completed; fetch it again", at)
     if version & 0xFFFF == 0:
@@ -324,7 +325,7 @@ def _tensor_entry(cursor: _Cursor, index: int) -> TensorEntry:
     at = cursor.pos
     cursor.field = f"tensor {index}"
     name = cursor.name("the name")
-    cursor.field = name or cursor.field
+    cursor.field = name
     dims_at = cursor.pos
     (n_dims,) = cursor.number(_U32, "the number of dimensions")
     if n_dims > MAX_DIMS:

@@ -132,9 +132,12 @@ def _check_magic(path: Path, head: bytes, size: int) -> None:
         return
     if MAGIC.startswith(head):
         raise TruncatedError(
-            f"the file has {size} bytes, a GGUF header needs at least 24: fetch the file again", path=path, offset=0
+            f"the file has {size} bytes, a GGUF header needs at least 24: fetch the file again",
+            path=path,
+            field="magic",
+            offset=0,
         )
-    raise NotGGUFError(f"not a GGUF file: {_name_format(path, head, size)}", path=path, offset=0)
+    raise NotGGUFError(f"not a GGUF file: {_name_format(path, head, size)}", path=path, field="magic", offset=0)
 
 
 def _name_format(path: Path, head: bytes, size: int) -> str:
