@@ -19,6 +19,7 @@ from gemma4.quant.errors import (
     ShapeError,
     UnsupportedArchitectureError,
     UnsupportedFeatureError,
+    UnsupportedTypeError,
 )
 from gemma4.quant.ggml_types import GGMLType
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# Gemma 3 files do not store these two; they are constants of the architecture.
+# Gemma 3 files rarely store these two; they are constants of the architecture.
 _GEMMA3_SLIDING_PERIOD: Final = 6
 _GEMMA3_ROPE_THETA_SLIDING: Final = 1e4
 # Gemma 3 27B alone scales queries by hidden/heads instead of the head size; it is known by its depth.
@@ -90,7 +91,8 @@ class Gemma4Config(BaseModel):
     def from_gguf(cls, file: GGUFFile) -> Gemma4Config:
         """Reads the configuration of an open file.
 
-        Raises UnsupportedArchitectureError, UnsupportedFeatureError, MetadataError, MissingTensorError or ShapeError.
+        Raises UnsupportedArchitectureError, UnsupportedFeatureError, UnsupportedTypeError, MetadataError,
+        MissingTensorError or ShapeError.
         """
         architecture = file.metadata.get("general.architecture")
         if not isinstance(architecture, str):
@@ -110,7 +112,10 @@ class Gemma4Config(BaseModel):
                 path=file.path,
                 field="general.architecture",
             )
-        return read(_Header(file, architecture))
+        header = _Header(file, architecture)
+        _require_absent(header)
+        header.check_blocks()
+        return read(header)
 
 
 class _Header:
@@ -123,7 +128,6 @@ class _Header:
         self.architecture = architecture
         self._file = file
         self.num_layers = self.count("block_count")
-        self._check_blocks()
 
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata
@@ -151,10 +155,11 @@ class _Header:
             return 0
         return self._checked(key, self._value(key), int, lambda v: 0 <= v < 2**31, "an integer of at least 0")
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, below: float = float("inf")) -> float:
         value = self._value(key)
         value = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        return self._checked(key, value, float, lambda v: 0 < v < float("inf"), "a positive finite number")
+        what = "a positive finite number" if below == float("inf") else f"a positive number below {below}"
+        return self._checked(key, value, float, lambda v: 0 < v < below, what)
 
     def per_layer_counts(self, key: str) -> tuple[int, ...]:
         value = self._value(key)
@@ -182,12 +187,18 @@ class _Header:
             raise ShapeError(f"found shape {list(shape)}, expected {ndim} dimensions", path=self.path, field=name)
         return shape
 
-    def vector(self, name: str) -> tuple[float, ...]:
-        """The values of a small F32 vector."""
-        self.shape(name, 1)
-        if self.tensors[name].type is not GGMLType.F32:
-            raise ShapeError(f"found type {self.tensors[name].type.name}, expected F32", path=self.path, field=name)
-        return tuple(self._file.data(name).cast("f"))
+    def positive_vector(self, name: str, size: int, what: str) -> tuple[float, ...]:
+        """The values of an F32 vector of `size` positive numbers; `what` says where the size comes from."""
+        shape, kind = self.shape(name, 1), self.tensors[name].type
+        if shape != (size,):
+            raise ShapeError(f"found {shape[0]} values, expected {size}, {what}", path=self.path, field=name)
+        if kind is not GGMLType.F32:
+            raise UnsupportedTypeError(f"found type {kind.name}, expected F32", path=self.path, field=name)
+        values = tuple(self._file.data(name).cast("f"))
+        for value in values:
+            if not 0 < value < float("inf"):
+                raise MetadataError(f"found {value}, expected positive finite numbers", path=self.path, field=name)
+        return values
 
     def uniform_presence(self, suffix: str, layers: Sequence[int], why: str) -> bool:
         """Whether every layer of `layers` has the tensor; present in only some of them is an error."""
@@ -200,32 +211,31 @@ class _Header:
             )
         return not absent
 
-    def _check_blocks(self) -> None:
-        for name in self.tensors:
-            part = name.split(".", 2)
-            if part[0] == "blk" and (not part[1].isdecimal() or int(part[1]) >= self.num_layers):
-                raise self.error("block_count", f"found {self.num_layers}, but the file has a tensor {name}")
+    def check_blocks(self) -> None:
+        """Compares the number of layers with the tensors', before anything of that size is built."""
+        blocks = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
+        if len(blocks) != self.num_layers:
+            raise self.error(
+                "block_count", f"found {self.num_layers}, but the file has tensors of {len(blocks)} blocks"
+            )
 
 
 def _require_absent(header: _Header) -> None:
     """Refuses what this version cannot run, by feature."""
     features = {
-        "per-layer embeddings (E2B, E4B)": header.optional_count("embedding_length_per_layer_input"),
-        "KV layers shared between layers (E2B, E4B)": header.optional_count("attention.shared_kv_layers"),
-        "mixture of experts (26B-A4B)": header.optional_count("expert_count"),
+        "embedding_length_per_layer_input": "per-layer embeddings (E2B, E4B)",
+        "attention.shared_kv_layers": "KV layers shared between layers (E2B, E4B)",
+        "expert_count": "mixture of experts (26B-A4B)",
     }
-    missing = [name for name, size in features.items() if size]
-    if (
-        any(name.endswith(".ffn_gate_inp.weight") for name in header.tensors)
-        and not features["mixture of experts (26B-A4B)"]
-    ):
-        raise header.error("expert_count", "the key is missing, but the file has router tensors")
-    if missing:
+    needed = [key for key in features if header.optional_count(key)]
+    if needed:
         raise UnsupportedFeatureError(
-            f"the model needs {' and '.join(missing)}, not supported yet",
+            f"the model needs {' and '.join(features[key] for key in needed)}, not supported yet",
             path=header.path,
-            field=header.architecture,
+            field=f"{header.architecture}.{needed[0]}",
         )
+    if any(name.endswith(".ffn_gate_inp.weight") for name in header.tensors):
+        raise header.error("expert_count", "the key is missing or 0, but the file has router tensors")
 
 
 def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gemma4Config:
@@ -245,6 +255,13 @@ def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gem
             )
         if layer.head_dim % 2:
             raise header.error("attention.key_length", f"found {layer.head_dim}, expected an even head size")
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, Sequence) and len(tokens) != vocab_size:
+        raise MetadataError(
+            f"found {len(tokens)} tokens, expected {vocab_size}, the rows of token_embd.weight",
+            path=header.path,
+            field="tokenizer.ggml.tokens",
+        )
     name = header.metadata.get("general.name", header.architecture)
     return Gemma4Config(
         architecture=header.architecture,
@@ -253,7 +270,7 @@ def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gem
         hidden_size=hidden_size,
         context_length=header.count("context_length"),
         sliding_window=header.count("attention.sliding_window"),
-        rms_norm_eps=header.number("attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=header.number("attention.layer_norm_rms_epsilon", below=1.0),
         rope_theta_full=header.number("rope.freq_base"),
         tie_word_embeddings="output.weight" not in header.tensors,
         layers=tuple(layers),
@@ -275,8 +292,15 @@ def _head_dim(header: _Header, suffix: str = "") -> int:
     return key_length
 
 
+def _rope_scaling(header: _Header, *supported: str) -> float:
+    """The factor of linear position scaling, 1 where the file names none."""
+    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if kind not in supported:
+        raise header.error("rope.scaling.type", f"found {kind!r}, expected {' or '.join(supported)}")
+    return header.number("rope.scaling.factor") if kind == "linear" else 1.0
+
+
 def _gemma4(header: _Header) -> Gemma4Config:
-    _require_absent(header)
     kinds = [
         LayerKind.SLIDING if is_sliding else LayerKind.FULL
         for is_sliding in header.per_layer_flags("attention.sliding_window_pattern")
@@ -287,15 +311,8 @@ def _gemma4(header: _Header) -> Gemma4Config:
     intermediate = header.per_layer_counts("feed_forward_length")
     head_dims = {LayerKind.FULL: _head_dim(header), LayerKind.SLIDING: _head_dim(header, "_swa")}
     k_eq_v = bool(full) and not header.uniform_presence("attn_v.weight", full, "full layers all have one or none")
-    factors = header.vector("rope_freqs.weight") if full else None
-    if factors is not None and len(factors) != head_dims[LayerKind.FULL] // 2:
-        raise ShapeError(
-            f"found {len(factors)} values, expected half the full layers' head size {head_dims[LayerKind.FULL]}",
-            path=header.path,
-            field="rope_freqs.weight",
-        )
-    if factors is not None and not all(factor > 0 for factor in factors):
-        raise MetadataError("found a value that is not positive", path=header.path, field="rope_freqs.weight")
+    rotated = head_dims[LayerKind.FULL] // 2
+    factors = header.positive_vector("rope_freqs.weight", rotated, "half the full layers' head size") if full else None
     layers = [
         LayerConfig(
             kind=kind,
@@ -312,7 +329,7 @@ def _gemma4(header: _Header) -> Gemma4Config:
         layers,
         query_scale=1.0,
         rope_theta_sliding=header.number("rope.freq_base_swa"),
-        rope_scaling_factor=1.0,
+        rope_scaling_factor=_rope_scaling(header, "none"),
         rope_freq_factors=factors,
         final_logit_softcapping=header.number("final_logit_softcapping"),
         has_v_norm=True,
@@ -327,9 +344,11 @@ def _gemma3(header: _Header) -> Gemma4Config:
     kv_heads = header.per_layer_counts("attention.head_count_kv")
     intermediate = header.per_layer_counts("feed_forward_length")
     head_dim = _head_dim(header)
+    pattern = "attention.sliding_window_pattern"
+    period = header.count(pattern) if header.has(pattern) else _GEMMA3_SLIDING_PERIOD
     layers = [
         LayerConfig(
-            kind=LayerKind.FULL if (i + 1) % _GEMMA3_SLIDING_PERIOD == 0 else LayerKind.SLIDING,
+            kind=LayerKind.FULL if (i + 1) % period == 0 else LayerKind.SLIDING,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads[i],
             head_dim=head_dim,
@@ -338,9 +357,6 @@ def _gemma3(header: _Header) -> Gemma4Config:
         )
         for i in range(header.num_layers)
     ]
-    scaling = header.metadata.get("gemma3.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise header.error("rope.scaling.type", f"found {scaling!r}, expected 'none' or 'linear'")
     is_27b = header.num_layers == _GEMMA3_27B_LAYERS
     query_dim = header.count("embedding_length") / heads if is_27b else head_dim
     has_own_theta, has_softcap = header.has("rope.freq_base_swa"), header.has("final_logit_softcapping")
@@ -349,7 +365,7 @@ def _gemma3(header: _Header) -> Gemma4Config:
         layers,
         query_scale=query_dim**-0.5,
         rope_theta_sliding=header.number("rope.freq_base_swa") if has_own_theta else _GEMMA3_ROPE_THETA_SLIDING,
-        rope_scaling_factor=header.number("rope.scaling.factor") if scaling == "linear" else 1.0,
+        rope_scaling_factor=_rope_scaling(header, "none", "linear"),
         rope_freq_factors=None,
         final_logit_softcapping=header.number("final_logit_softcapping") if has_softcap else None,
         has_v_norm=False,

@@ -163,8 +163,9 @@ def make_plan(
         fused: list[int] = []
         left: list[tuple[int, str]] = []
         for layer, sources in _matches(transform, unclaimed, num_layers):
-            if len(sources) > 1 and not (fuse and transform.applies(sources)):
-                left.append((layer, "+".join(s.type.name for s in sources) if fuse else "because fusing is off"))
+            is_allowed = fuse or len(sources) == 1
+            if not (is_allowed and transform.applies(sources)):
+                left.append((layer, "+".join(s.type.name for s in sources) if is_allowed else "because fusing is off"))
                 continue
             for source in sources:
                 del unclaimed[source.name]
@@ -188,7 +189,7 @@ def _matches(
     transform: Transform, tensors: Mapping[str, TensorInfo], num_layers: int
 ) -> Iterable[tuple[int, list[TensorInfo]]]:
     """(layer, source tensors) wherever all sources are there; a name without wildcard counts as layer 0."""
-    for layer in range(num_layers if LAYER in transform.sources[0] else 1):
+    for layer in range(num_layers if any(LAYER in source for source in transform.sources) else 1):
         names = [source.replace(LAYER, str(layer)) for source in transform.sources]
         if all(name in tensors for name in names):
             yield layer, [tensors[name] for name in names]
@@ -197,13 +198,20 @@ def _matches(
 def _check_inventory(
     tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], path: Path | None
 ) -> None:
+    # Types first: a format that is not supported often brings tensors of its own, which would be listed as unexpected.
+    unloadable: dict[str, list[str]] = defaultdict(list)
+    for name in expected:
+        if name in tensors and tensors[name].type not in LOADABLE_TYPES:
+            unloadable[tensors[name].type.name].append(name)
+    if unloadable:
+        found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in unloadable.items())
+        supported = ", ".join(sorted(kind.name for kind in LOADABLE_TYPES))
+        first = next(iter(unloadable.values()))[0]
+        raise UnsupportedTypeError(
+            f"found tensors stored as {found}; supported are {supported}", path=path, field=first
+        )
     _refuse(MissingTensorError, [n for n in expected if n not in tensors], "the file lacks {}", path)
-    _refuse(
-        UnexpectedTensorError,
-        [n for n in tensors if n not in expected],
-        "the model has no place for {}",
-        path,
-    )
+    _refuse(UnexpectedTensorError, [n for n in tensors if n not in expected], "the model has no place for {}", path)
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise ShapeError(
@@ -211,14 +219,6 @@ def _check_inventory(
                 path=path,
                 field=name,
             )
-    unloadable: dict[str, list[str]] = defaultdict(list)
-    for tensor in tensors.values():
-        if tensor.type not in LOADABLE_TYPES:
-            unloadable[tensor.type.name].append(tensor.name)
-    if unloadable:
-        found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in unloadable.items())
-        supported = ", ".join(sorted(kind.name for kind in LOADABLE_TYPES))
-        raise UnsupportedTypeError(f"found tensors stored as {found}; supported are {supported}", path=path)
 
 
 def _refuse(error: Callable[..., Exception], names: Iterable[str], message: str, path: Path | None) -> None:

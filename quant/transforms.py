@@ -38,7 +38,8 @@ class Transform:
     """Matrices of one type and one K stacked below each other: rows of `sources[0]` first.
 
     sources: GGUF tensor names. target: name of the model weight, or None where the model's configuration already holds
-    the values. types: the storage types it applies to, None for all. label: what is fused, for the log.
+    the values. types: the storage types it applies to, None for all. label: what is fused, for the log. Vectors do not
+    stack: only a transform with one source takes them.
     """
 
     sources: tuple[str, ...]
@@ -49,6 +50,8 @@ class Transform:
     def applies(self, sources: Sequence[TensorInfo]) -> bool:
         """Whether these tensors, all of `sources` in order, can be stacked as they are stored."""
         first = sources[0]
+        if len(sources) > 1 and len(first.shape) != 2:
+            return False
         return all(
             (self.types is None or source.type in self.types)
             and source.type == first.type
