@@ -30,7 +30,7 @@ def test_every_byte_of_a_block_belongs_to_one_plane(name: str) -> None:
     assert spans[-1][1] == block.type_size
     for plane in container.planes.values():
         items = torch.empty(plane.trailing(block.block_size), dtype=plane.dtype)
-        assert items.nbytes == plane.stop - plane.start or plane.dtype == torch.uint8 and plane.items == 4
+        assert items.nbytes == plane.stop - plane.start or (plane.dtype == torch.uint8 and plane.items == 4)
 
 
 def test_a_type_is_registered_once() -> None:
