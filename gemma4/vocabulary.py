@@ -87,6 +87,8 @@ def vocabulary_from_metadata(metadata: Mapping[str, MetadataValue], path: Path |
 
     tokens = read.strings(TOKENS_KEY)
     types = read.integers(TYPES_KEY, count=len(tokens))
+    if foreign := set(types) - set(TokenType):
+        raise read.error(TYPES_KEY, f"expected token types 1 to 6, found {min(foreign)}")
     special_types = {TokenType.CONTROL, TokenType.UNKNOWN}
     if is_bpe:
         # In a SentencePiece vocabulary, user-defined pieces are whitespace runs and HTML tags: ordinary text.
@@ -156,24 +158,23 @@ class _Reader:
         return ids
 
     def strings(self, key: str) -> tuple[str, ...]:
-        return self._array(key, {str}, None)
+        return self._array(key, str, None)
 
     def integers(self, key: str, count: int | None = None) -> tuple[int, ...]:
-        return self._array(key, {int}, count)
+        return self._array(key, int, count)
 
     def floats(self, key: str, count: int) -> tuple[float, ...]:
-        return self._array(key, {int, float}, count)
+        return self._array(key, float, count)
 
-    def _array(self, key: str, kinds: set[type], count: int | None) -> tuple[Any, ...]:
+    def _array(self, key: str, kind: type, count: int | None) -> tuple[Any, ...]:
         if key not in self.metadata:
             raise self.error(key, "missing")
         value = self.metadata[key]
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise self.error(key, f"expected an array, found {type(value).__name__}")
         items = tuple(value)
-        if foreign := set(map(type, items)) - kinds:
-            expected = " or ".join(sorted(kind.__name__ for kind in kinds))
-            raise self.error(key, f"expected an array of {expected}, found {foreign.pop().__name__}")
+        if foreign := set(map(type, items)) - {kind}:
+            raise self.error(key, f"expected an array of {kind.__name__}, found {foreign.pop().__name__}")
         if count is not None and len(items) != count:
             raise self.error(key, f"expected {count} entries, one per token, found {len(items)}")
         return items
