@@ -159,7 +159,7 @@ BOMBS = {
     "center": "{{ 'a'.center(10**10) }}",
     "format": "{{ '%10000000000d' | format(1) }}",
     "replace": "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
-    "tojson": "{% set n = namespace(l=1) %}{% for i in range(60) %}{% set n.l = [n.l] * 2 %}{% endfor %}{{ n.l|tojson }}",
+    "json": "{% set n = namespace(l=1) %}{% for i in range(60) %}{% set n.l = [n.l] * 2 %}{% endfor %}{{ n.l|tojson }}",
     "compile time": "{{ 'a' * 10**10 }}",
     "output": "{{ 'a' * 10**7 }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
