@@ -22,7 +22,8 @@ from gemma4.quant.repack import BitOrder
 __all__ = ["SLICE_BYTES", "Plane", "QuantTensor", "register_format", "registered_formats"]
 
 SLICE_BYTES: Final = 16 << 20
-"""Blocks are converted in slices of whole rows of about this many bytes, which bounds temporaries."""
+"""Blocks are converted and decoded in slices of whole rows of at most this many file bytes (but at least one row),
+which bounds temporaries."""
 
 _FORMATS: dict[GGMLType, type[QuantTensor]] = {}
 
@@ -152,13 +153,21 @@ class QuantTensor:
 
         rows: only these rows are read: a slice, or int32 or int64 row ids [...] which give [..., K].
         """
-        planes = self.planes_dict()
+        decode = type(self).decode
+        planes = self.planes_dict().values()
         if isinstance(rows, Tensor):
             is_id = rows.dtype in (torch.int32, torch.int64)
             _require(is_id, self, "rows", "int32 or int64 ids", rows.dtype)
-        if rows is not None:
-            planes = {name: plane[rows] for name, plane in planes.items()}
-        return type(self).decode(*planes.values())
+            return decode(*[plane[rows] for plane in planes])
+        chosen = [plane if rows is None else plane[rows] for plane in planes]
+        n, k = chosen[0].shape[0], self.shape[1]
+        slices = list(self._row_slices(n, k))
+        if len(slices) <= 1:
+            return decode(*chosen)
+        weights = torch.empty((n, k), dtype=torch.float32, device=self.device)
+        for part in slices:
+            weights[part] = decode(*[plane[part] for plane in chosen])
+        return weights
 
     def write_rows(self, start: int, blocks: Tensor) -> None:
         """Unpacks file bytes into rows [start, start + n) of the planes.

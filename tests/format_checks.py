@@ -219,6 +219,11 @@ class FormatChecks:
             unpacked = packed.to_blocks()
         assert max(sorted(allocations.sizes)[:-1], default=0) <= slice_bytes  # the largest is the result
         assert_same_bytes(unpacked, blocks)
+        with Allocations(packed) as allocations:
+            decoded = packed.dequantize()
+        assert max(sorted(allocations.sizes)[:-1], default=0) <= 7 * packed.shape[1] * 4
+        assert_same_bits(decoded, self._oracle(blocks))
+        assert_same_bits(packed.dequantize(slice(3, 100)), self._oracle(blocks)[3:100])
 
     # Places
 
