@@ -42,7 +42,7 @@ class Gemma4Error(ValueError):
 
 
 class NotGGUFError(Gemma4Error):
-    """The path does not hold a GGUF file this library reads (other format, other byte order, not a file)."""
+    """The path does not hold a GGUF file this library reads (another format, or no regular file)."""
 
     code = "not_gguf"
 

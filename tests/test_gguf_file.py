@@ -504,9 +504,11 @@ def test_a_name_in_two_parts_is_refused(tmp_path: Path) -> None:
     assert (caught.value.path, caught.value.field) == (paths[2], "t0.a")
 
 
-def test_a_truncated_part_is_named(tmp_path: Path) -> None:
+def test_a_truncated_part_is_named_and_nothing_stays_open(tmp_path: Path) -> None:
     paths = split_set(tmp_path)
+    idle = len(os.listdir("/proc/self/fd"))
     os.truncate(paths[2], paths[2].stat().st_size - 40)
     with pytest.raises(TruncatedError) as caught:
         GGUFFile.open(paths[0])
     assert (caught.value.path, caught.value.field) == (paths[2], "t2.b")
+    assert len(os.listdir("/proc/self/fd")) == idle

@@ -441,6 +441,24 @@ def test_limits_can_be_lowered(tmp_path: Path, limits: Limits, words: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("value", "limits", "words"),
+    [
+        (strings(["a", "b"]), Limits(max_array_strings=3), "more than 3 strings in all"),
+        (nested([numbers(INT32, [1]), numbers(INT32, [2])]), Limits(max_nested_arrays=3), "more than 3 nested arrays"),
+    ],
+    ids=["strings", "nested"],
+)
+def test_array_limits_count_all_keys_together(tmp_path: Path, value: Value, limits: Limits, words: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(keys(("first", value)).build())
+    GGUFFile.open(path, limits=limits).close()
+    path.write_bytes(keys(("first", value), ("second", value)).build())
+    error = refuse(path, MalformedError, limits)
+    assert error.field == "second"
+    assert words in error.message
+
+
+@pytest.mark.parametrize(
     "raw",
     [
         keys(("k", array(STRING, 2**21, bytes(2**24)))),
