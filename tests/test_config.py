@@ -171,7 +171,7 @@ def test_gemma3_keys_that_replace_constants(read: Read) -> None:
 def test_scalars_stand_for_equal_arrays(read: Read) -> None:
     model = gemma4(kv_heads=(2, 2))
     config = read(model)
-    model.metadata |= {"gemma4.attention.head_count_kv": 2, "gemma4.feed_forward_length": [512] * 4}
+    model.metadata |= {"gemma4.attention.head_count_kv": 2, "gemma4.feed_forward_length": [768] * 4}
     assert read(model) == config
     wide = read(gemma4(ffn=(256, 512, 768, 1024)))
     assert [layer.intermediate_size for layer in wide.layers] == [256, 512, 768, 1024]

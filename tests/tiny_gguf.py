@@ -48,10 +48,11 @@ class Sizes:
         return self.ffn if isinstance(self.ffn, int) else self.ffn[layer]
 
 
-TINY = Sizes(4, 256, 512, 4, (2, 1), (64, 128), vocab=320, window=16, context=512, period=2)
+# No two sizes are equal, so that a mix-up of dimensions shows.
+TINY = Sizes(4, 256, 768, 8, (2, 1), (64, 128), vocab=320, window=16, context=512, period=2)
 GEMMA4_31B = Sizes(60, 5376, 21504, 32, (16, 4), (256, 512))
 GEMMA4_12B = Sizes(48, 3840, 15360, 16, (8, 1), (256, 512))
-TINY_GEMMA3 = Sizes(7, 256, 512, 4, (1, 1), (64, 64), vocab=320, window=16, context=512, k_eq_v=False)
+TINY_GEMMA3 = Sizes(7, 256, 768, 8, (2, 2), (64, 64), vocab=320, window=16, context=512, k_eq_v=False)
 GEMMA3_27B = Sizes(62, 5376, 21504, 32, (16, 16), (128, 128), context=131072, k_eq_v=False)
 
 
