@@ -1,8 +1,8 @@
 """Gemma 4 GGUF files in PyTorch: packed and exact weights, fast on one GPU, ahead-of-time export.
 
-    from gemma4 import Gemma4
-    model = Gemma4.from_gguf("gemma-4-31b-it-Q4_K_M.gguf")
-    print(model.chat([{"role": "user", "content": "hi"}]))
+from gemma4 import Gemma4
+model = Gemma4.from_gguf("gemma-4-31b-it-Q4_K_M.gguf")
+print(model.chat([{"role": "user", "content": "hi"}]))
 """
 
 from __future__ import annotations

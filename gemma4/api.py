@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma4.cache import KVCache
 from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_ids
+from gemma4.checkpoint import load_model, save_model
 from gemma4.config import Gemma4Config
 from gemma4.generate import check_ids, generate_tokens, prefill
 from gemma4.mapping import plan_load
@@ -72,10 +73,7 @@ class Gemma4:
         dequantize: hold dense weights in `dtype`; more memory, faster on a CPU.
         Raises a Gemma4Error that names the file and what is wrong with it.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        if dtype not in _DENSE_TYPES:
-            raise ValueError(f"dtype: found {dtype}, expected {' or '.join(map(str, _DENSE_TYPES))}")
+        device, dtype = _placement(device, dtype)
         file = GGUFFile.open(path)
         config = Gemma4Config.from_gguf(file)
         plan = plan_load(file, config, fuse=fuse)
@@ -88,6 +86,25 @@ class Gemma4:
         with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
             load_weights(model, plan, file, device, progress)
         return cls(model.eval(), plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
+
+    @classmethod
+    def from_packed(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_seq_len: int = 4096,
+    ) -> Gemma4:
+        """Opens a file of `save_packed`; on a CPU the weights are views on the mapped file. Arguments as `from_gguf`."""
+        device, dtype = _placement(device, dtype)
+        model, plan, metadata = load_model(path, dtype, device)
+        max_seq_len = min(max_seq_len, model.config.context_length)
+        return cls(model.eval(), plan, metadata, path=Path(path), max_seq_len=max_seq_len)
+
+    def save_packed(self, path: str | Path) -> None:
+        """Writes the model as one safetensors file, weights packed as they are; an existing file is replaced whole."""
+        save_model(path, self.model, self.plan, self.metadata)
 
     @property
     def config(self) -> Gemma4Config:
@@ -144,54 +161,94 @@ class Gemma4:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], max_new_tokens: int = ..., *, stream: Literal[False] = ..., **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        seed: int = ...,
+        stop: str | Sequence[str] = ...,
+        **sampling: float | None,
     ) -> str: ...
     @overload
     def generate(
-        self, prompt: str | Sequence[int], max_new_tokens: int = ..., *, stream: Literal[True], **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        seed: int = ...,
+        stop: str | Sequence[str] = ...,
+        **sampling: float | None,
     ) -> Iterator[str]: ...
     def generate(
         self,
         prompt: str | Sequence[int],
         max_new_tokens: int = 256,
         *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int = 0,
-        stop: Sequence[str] = (),
         stream: bool = False,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        **sampling: float | None,
     ) -> str | Iterator[str]:
         """Text that continues `prompt`; with stream=True an iterator of pieces of it.
 
-        prompt: text, in which control tokens are plain text, or token ids. Sampling settings left at None come from the
-        file (`general.sampling.*`). stop: strings that end the text and are not part of it. Equal seeds, equal text.
+        prompt: text, in which control tokens are plain text, or token ids. stop: strings that end the text and are not
+        part of it. sampling: temperature, top_k, top_p, min_p; what is left out or None comes from the file
+        (`general.sampling.*`). Equal seeds, equal text. Raises ContextError where it would not fit in `max_seq_len`.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        new_ids = self._new_ids(ids, max_new_tokens, seed, self.tokenizer.eog_ids, **settings)
+        new_ids = self._new_ids(ids, max_new_tokens, seed, self.tokenizer.eog_ids, **sampling)
         pieces = stream_text(new_ids, self.tokenizer, (stop,) if isinstance(stop, str) else stop)
         return pieces if stream else "".join(pieces)
 
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        enable_thinking: bool = ...,
+        seed: int = ...,
+        stop: str | Sequence[str] = ...,
+        **sampling: float | None,
+    ) -> str: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        enable_thinking: bool = ...,
+        seed: int = ...,
+        stop: str | Sequence[str] = ...,
+        **sampling: float | None,
+    ) -> Iterator[str]: ...
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         max_new_tokens: int = 256,
         *,
+        stream: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool = False,
-        **options: Any,
-    ) -> Any:
-        """The model's answer to a conversation; options are those of `generate`.
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        **sampling: float | None,
+    ) -> str | Iterator[str]:
+        """The model's answer to a conversation; options as those of `generate`.
 
-        messages: {"role": "user" | "assistant" | "system" | …, "content": str}. What users write never becomes control
-        tokens. Raises TemplateError.
+        messages: {"role": "user" | "assistant" | "system", "content": str}. What they say never becomes control tokens.
+        Raises TemplateError.
         """
-        ids = render_chat_ids(
-            self.chat_template, self.tokenizer, messages, tools=tools, enable_thinking=enable_thinking
-        )
-        return self.generate(ids, max_new_tokens, **options)
+        template, thinking = self.chat_template, enable_thinking
+        ids = render_chat_ids(template, self.tokenizer, messages, tools=tools, enable_thinking=thinking)
+        pieces = self.generate(ids, max_new_tokens, stream=True, seed=seed, stop=stop, **sampling)
+        return pieces if stream else "".join(pieces)
 
     def _new_ids(
         self,
@@ -214,3 +271,12 @@ class Gemma4:
             suppress_ids=self.tokenizer.suppress_ids if has_tokenizer else (),
             max_seq_len=self.max_seq_len,
         )
+
+
+def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Defaults: cuda if there is one; bfloat16 there, float32 on a CPU."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if dtype not in _DENSE_TYPES:
+        raise ValueError(f"dtype: found {dtype}, expected {' or '.join(map(str, _DENSE_TYPES))}")
+    return device, dtype

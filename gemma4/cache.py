@@ -31,7 +31,8 @@ class LayerCache:
         """
         if q.shape[2] == 1:
             self._write(k, v, input_pos)
-            return decode_attention(q, self.k, self.v, input_pos, scale, self.window)
+            out: Tensor = decode_attention(q, self.k, self.v, input_pos, scale, self.window)
+            return out
         out = prefill_attention(q, k, v, self.k, self.v, input_pos, scale, self.window)
         self._write(k, v, input_pos)
         return out
@@ -55,10 +56,12 @@ class KVCache:
             )
         self.max_seq_len = max_seq_len
         self.chunk_size = min(2 * config.sliding_window, max_seq_len)  # the longest forward pass the rings take
+        # A context within the window needs no ring: every position stays visible.
+        window_or_all = config.sliding_window if config.sliding_window < max_seq_len else 0
         self.layers: list[LayerCache] = []
         for layer in config.layers:
             is_sliding = layer.kind is LayerKind.SLIDING
-            length, window = (self.chunk_size, config.sliding_window) if is_sliding else (max_seq_len, 0)
+            length, window = (self.chunk_size, window_or_all) if is_sliding else (max_seq_len, 0)
             self.layers.append(LayerCache(layer, length, window, dtype, torch.device(device)))
 
     @property

@@ -23,7 +23,9 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 @torch.inference_mode()
-def prefill(model: TextModel, cache: KVCache, ids: Sequence[int], start: int = 0, *, all_logits: bool = False) -> Tensor:
+def prefill(
+    model: TextModel, cache: KVCache, ids: Sequence[int], start: int = 0, *, all_logits: bool = False
+) -> Tensor:
     """Runs `ids` at positions start, start + 1, … through the model, at most a chunk at a time.
 
     Returns float32 [1, vocab_size] of the last token, or [len(ids), vocab_size].

@@ -36,7 +36,8 @@ class Weights:
 
     def packed(self, name: str) -> PackedWeight:
         entry = self.entries[f"{self.scope}{name}.weight"]
-        return PackedWeight(entry.type, entry.shape)
+        n, k = entry.shape
+        return PackedWeight(entry.type, (n, k))
 
     def linear(self, name: str) -> Linear:
         return Linear(self.packed(name))
@@ -76,7 +77,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+        out: Tensor = self.down_proj(F.gelu(gate, approximate="tanh") * up)
+        return out
 
 
 class Attention(nn.Module):
@@ -95,20 +97,20 @@ class Attention(nn.Module):
         self.o_proj = weights.linear("o_proj")
 
     def forward(self, x: Tensor, input_pos: Tensor, inv_freq: Tensor, cache: LayerCache) -> Tensor:
-        k = self.k_proj(x)
         q, k, v = qk_norm_rope(
             self.q_proj(x),
-            k,
-            k if self.v_proj is None else self.v_proj(x),
+            self.k_proj(x),
+            None if self.v_proj is None else self.v_proj(x),
             self.q_norm.weight,
             self.k_norm.weight,
-            self.q_norm.eps,
             inv_freq,
             input_pos,
+            self.q_norm.eps,
             self.has_v_norm,
         )
-        out = cache.attend(q, k, v, input_pos, self.scale)  # [1, heads, T, D]
-        return self.o_proj(out[0].transpose(0, 1).flatten(1))
+        heads = cache.attend(q, k, v, input_pos, self.scale)  # [1, heads, T, D]
+        out: Tensor = self.o_proj(heads[0].transpose(0, 1).flatten(1))
+        return out
 
 
 class DecoderLayer(nn.Module):

@@ -6,13 +6,29 @@ time compilation copies buffers but not parameters. The weight's format is fixed
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gemma4.kernels import linear as ops
+from gemma4.quant.errors import ShapeError
 from gemma4.quant.formats import QuantTensor, container_for
 from gemma4.quant.ggml_types import GGMLType
 
+# y = x @ W.T straight from the planes of W, in the container's order.
+LINEAR_OPS: Final[Mapping[GGMLType, Callable[..., Tensor]]] = {
+    GGMLType.Q4_K: ops.q4_k_linear,
+    GGMLType.Q5_K: ops.q5_k_linear,
+    GGMLType.Q6_K: ops.q6_k_linear,
+    GGMLType.Q8_0: ops.q8_0_linear,
+    GGMLType.Q5_0: ops.q5_0_linear,
+    GGMLType.Q5_1: ops.q5_1_linear,
+    GGMLType.Q4_0: ops.q4_0_linear,
+    GGMLType.Q4_1: ops.q4_1_linear,
+}
 # Decoded weights in flight at once; bounds what a product of a vocabulary-sized matrix materializes.
 _CHUNK_BYTES = 64 << 20
 
@@ -20,7 +36,7 @@ _CHUNK_BYTES = 64 << 20
 class PackedWeight(nn.Module):
     """The planes of one container [N, K] as parameters; on the meta device until `allocate`."""
 
-    def __init__(self, ggml_type: GGMLType, shape: tuple[int, ...]) -> None:
+    def __init__(self, ggml_type: GGMLType, shape: tuple[int, int]) -> None:
         super().__init__()
         self.ggml_type = ggml_type
         self.shape = shape
@@ -29,8 +45,14 @@ class PackedWeight(nn.Module):
 
     def allocate(self, device: torch.device | str) -> None:
         """Gives the planes uninitialised storage on `device`."""
-        n, k = self.shape
-        for name, plane in self._container.empty(n, k, device).planes_dict().items():
+        self.assign(self._container.empty(*self.shape, device))
+
+    def assign(self, tensor: QuantTensor) -> None:
+        """Takes over the planes of a container of this type and shape. Raises ShapeError."""
+        if type(tensor) is not self._container or tensor.shape != self.shape:
+            found = f"{tensor.ggml_type.name} {list(tensor.shape)}"
+            raise ShapeError(f"found {found}, expected {self.ggml_type.name} {list(self.shape)}")
+        for name, plane in tensor.planes_dict().items():
             self.register_parameter(name, nn.Parameter(plane, requires_grad=False))
 
     @property
@@ -64,9 +86,10 @@ class Linear(nn.Module):
 def decoded_linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] @ weight [N, K].T in x's dtype, decoding a bounded number of rows at a time."""
     n, k = weight.shape
+    stored = next(iter(weight.planes_dict().values()))
+    if stored.dtype == x.dtype:
+        return F.linear(x, stored)
     rows = max(1, _CHUNK_BYTES // (4 * k))
-    if weight.ggml_type in _DENSE and getattr(weight, "weight").dtype == x.dtype:
-        return F.linear(x, getattr(weight, "weight"))
     chunks = [F.linear(x, weight.slice_rows(i, min(i + rows, n)).dequantize().to(x.dtype)) for i in range(0, n, rows)]
     return torch.cat(chunks, dim=-1) if len(chunks) > 1 else chunks[0]
 

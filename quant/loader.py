@@ -115,13 +115,11 @@ def _load_vector(model: nn.Module, entry: LoadEntry, file: GGUFFile, device: tor
     setattr(owner, name, nn.Parameter(values.to(device), requires_grad=False))
 
 
-def _unpack_on_gpu(
-    slices: list[_Slice], file: GGUFFile, device: torch.device, progress: Callable[[int], None]
-) -> None:
+def _unpack_on_gpu(slices: list[_Slice], file: GGUFFile, device: torch.device, progress: Callable[[int], None]) -> None:
     largest = max((item.nbytes for item in slices), default=0)
     stations: queue.SimpleQueue[tuple[Tensor, torch.cuda.Stream]] = queue.SimpleQueue()
     for _ in range(GPU_WORKERS):
-        stations.put((torch.empty(largest, dtype=torch.uint8, pin_memory=True), torch.cuda.Stream(device)))
+        stations.put((torch.empty(largest, dtype=torch.uint8, pin_memory=True), torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
     torch.cuda.current_stream(device).synchronize()
 
     def move(item: _Slice) -> None:
