@@ -4,9 +4,10 @@ Every plane is [N, ...] row-major; the planes of a type and their nibble orders 
 containers in `gemma4.quant.formats`. A leading dimension N may be any number of dimensions, so rows
 gathered by token ids [B, T] decode to [B, T, K]. `K` is the number of weights in a row.
 
-Each function multiplies and adds in the order of `gguf.quants.dequantize` (gguf-py), one rounding per
-operation, so its result is bit-identical: float16 scales are widened exactly, subnormal and negative ones
-included. The functions are plain torch without data-dependent control flow: they run on any device and
+Each function multiplies and adds in the order of `gguf.quants.dequantize` (gguf-py), so its result is
+bit-identical: float16 scales are widened exactly, subnormal and negative ones included. A product has at most
+23 significant bits and is exact; only the last subtraction or addition rounds, so a compiler that fuses it with
+the product changes nothing. The functions are plain torch without data-dependent control flow: they run on any device and
 trace under `torch.export`.
 """
 

@@ -208,6 +208,7 @@ class FormatChecks:
         blocks = self._random_blocks(400, 4)
         whole = self._from_blocks(blocks)
         slice_bytes = 7 * blocks.shape[1]
+        assert quant_tensor.SLICE_BYTES <= 16 << 20
         monkeypatch.setattr(quant_tensor, "SLICE_BYTES", slice_bytes)
         packed = self.container.empty(*whole.shape, "cpu")
         source = torch.from_numpy(blocks)
