@@ -7,8 +7,8 @@ gathered by token ids [B, T] decode to [B, T, K]. `K` is the number of weights i
 Each function multiplies and adds in the order of `gguf.quants.dequantize` (gguf-py), so its result is
 bit-identical: float16 scales are widened exactly, subnormal and negative ones included. A product has at most
 23 significant bits and is exact; only the last subtraction or addition rounds, so a compiler that fuses it with
-the product changes nothing. The functions are plain torch without data-dependent control flow: they run on any device and
-trace under `torch.export`.
+the product changes nothing. The functions are plain torch without data-dependent control flow: they run on any
+device and trace under `torch.export`.
 """
 
 from __future__ import annotations
