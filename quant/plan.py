@@ -174,7 +174,7 @@ def make_plan(
                 continue
             fused.append(layer)
             parts, first = transform.place(sources), sources[0]
-            shape = first.shape if len(first.shape) == 1 else (parts[-1].stop, *first.shape[1:])
+            shape = first.shape if len(first.shape) == 1 else (parts[-1].stop, first.shape[-1])
             target = transform.target.replace(LAYER, str(layer))
             entries.append(LoadEntry(target, first.type, first.type, shape, parts))
         if transform.label:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from gemma4.quant.ggml_types import GGMLType
@@ -60,12 +61,11 @@ class Transform:
         )
 
     def place(self, sources: Sequence[TensorInfo]) -> tuple[Part, ...]:
-        """The rows of the target that each source fills; a vector is one row."""
+        """The rows of the target that each source fills: all along its last dimension, so a vector is one row."""
         parts: list[Part] = []
         for source in sources:
             start = parts[-1].stop if parts else 0
-            rows = source.shape[0] if len(source.shape) > 1 else 1
-            parts.append(Part(source.name, start, start + rows))
+            parts.append(Part(source.name, start, start + prod(source.shape[:-1])))
         return tuple(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from math import prod
 
 import pytest
 
@@ -34,7 +35,7 @@ QKV = concat_rows(
 
 
 def tensor(name: str, *shape: int, kind: GGMLType = Q4_K) -> TensorInfo:
-    nbytes = row_bytes(kind, shape[-1]) * (shape[0] if len(shape) > 1 else 1)
+    nbytes = row_bytes(kind, shape[-1]) * prod(shape[:-1])
     return TensorInfo(name, shape, kind, nbytes, 0, 0)
 
 
@@ -63,8 +64,10 @@ def test_rows_are_stacked_in_the_order_of_sources() -> None:
     assert QKV.place(sources[::-1]) == (Part("v", 0, 16), Part("k", 16, 48), Part("q", 48, 112))
 
 
-def test_a_vector_is_one_row() -> None:
+def test_a_vector_is_one_row_and_a_stack_is_all_its_rows() -> None:
     assert rename("norm", "norm").place([tensor("norm", 256, kind=F32)]) == (Part("norm", 0, 1),)
+    assert rename("experts", "experts").place([tensor("experts", 8, 64, 256)]) == (Part("experts", 0, 512),)
+    assert plan(tensor("experts", 8, 64, 256), using=(rename("experts", "e"),)).entries[0].shape == (512, 256)
 
 
 @pytest.mark.parametrize(
