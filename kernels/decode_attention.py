@@ -72,17 +72,17 @@ def masked_attention(
 ) -> Tensor:
     """Attention of q [B, Hq, T, D] over k, v [B, Hkv, N, D] whose key n stands at position key_pos[n] (< 0: nothing).
 
-    Computed in float32 (float64 for float64 input), returned in q's dtype. Keys without a position never reach the
+    Computed in float32 (float64 for float64 input), returned in q's dtype. Keys that no query sees never reach the
     result, whatever they hold.
     """
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    held = key_pos >= 0
-    mask = held & (key_pos <= query_pos[:, None])
+    mask = (key_pos >= 0) & (key_pos <= query_pos[:, None])
     if window > 0:
         mask &= key_pos > query_pos[:, None] - window
-    k, v = (x.to(dtype).masked_fill(~held[:, None], 0.0) for x in (k, v))
+    unseen = ~mask.any(0)
+    k, v = (x.to(dtype).masked_fill(unseen[:, None], 0.0) for x in (k, v))
     rows = q.to(dtype).reshape(batch, kv_heads, -1, head_dim)
     out = torch.nn.functional.scaled_dot_product_attention(
         rows, k, v, attn_mask=mask.repeat(q_heads // kv_heads, 1), scale=scale

@@ -29,10 +29,11 @@ from gemma4.kernels.decode_attention import LOG2_E, check_attention, masked_atte
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
-    """Shape of one launch: rows and keys of a tile. `wgmma`: for Hopper's warpgroup instructions."""
+    """Shape of one launch: rows, keys and value columns of a tile. `wgmma`: for Hopper's warpgroup instructions."""
 
     block_m: int
     block_n: int
+    block_dv: int
     num_warps: int
     num_stages: int
     wgmma: bool
@@ -40,24 +41,26 @@ class PrefillConfig:
     def shared_bytes(self, head_dim: int, itemsize: int) -> int:
         """Upper bound of the shared memory of one program: K and V tiles in flight, Q, the exchange of scores."""
         in_flight = self.num_stages if self.wgmma else max(1, self.num_stages - 1)
-        tiles = 2 * in_flight * self.block_n * head_dim * itemsize
-        return tiles + self.block_m * (head_dim * itemsize + self.block_n * 4) + 1024
+        tiles = in_flight * self.block_n * (head_dim + min(head_dim, self.block_dv)) * itemsize
+        exchange = 0 if self.wgmma else self.block_m * self.block_n * 4 + 1024
+        return tiles + self.block_m * head_dim * itemsize + exchange
 
     def fits(self, head_dim: int, itemsize: int, shared_limit: int) -> bool:
         """Whether the float32 output tile stays in registers and the rest in shared memory."""
-        accumulator = self.block_m * head_dim // (32 * self.num_warps)
+        accumulator = self.block_m * min(head_dim, self.block_dv) // (32 * self.num_warps)
         most = 128 if self.wgmma else 64
         return accumulator <= most and self.shared_bytes(head_dim, itemsize) <= shared_limit
 
 
 # Best first. A launch takes the first that suits the device.
 CONFIGS = (
-    PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, wgmma=True),
-    PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, wgmma=True),
-    PrefillConfig(block_m=64, block_n=64, num_warps=8, num_stages=2, wgmma=False),
-    PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, wgmma=False),
-    PrefillConfig(block_m=32, block_n=32, num_warps=8, num_stages=2, wgmma=False),
-    PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, wgmma=False),
+    PrefillConfig(block_m=128, block_n=64, block_dv=256, num_warps=8, num_stages=2, wgmma=True),
+    PrefillConfig(block_m=128, block_n=32, block_dv=256, num_warps=8, num_stages=2, wgmma=True),
+    PrefillConfig(block_m=64, block_n=32, block_dv=512, num_warps=8, num_stages=2, wgmma=True),
+    PrefillConfig(block_m=64, block_n=64, block_dv=512, num_warps=8, num_stages=2, wgmma=False),
+    PrefillConfig(block_m=64, block_n=32, block_dv=512, num_warps=8, num_stages=2, wgmma=False),
+    PrefillConfig(block_m=32, block_n=32, block_dv=512, num_warps=8, num_stages=2, wgmma=False),
+    PrefillConfig(block_m=16, block_n=16, block_dv=512, num_warps=4, num_stages=2, wgmma=False),
 )
 
 
@@ -91,56 +94,6 @@ def prefill_attention_reference(
 
 
 @triton.jit
-def _attend(
-    q,
-    acc,
-    row_max,
-    row_sum,
-    k_base,
-    v_base,
-    stride_kt,
-    stride_vt,
-    begin,
-    end,
-    slot_offset,
-    slots,
-    row_token,
-    scale_log2,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """Online softmax over keys [begin, end), counted from the first new token; key j: row (j + slot_offset) % slots."""
-    offs_d = tl.arange(0, D)
-    offs_n = tl.arange(0, BLOCK_N)
-    wrapped_n = offs_n % slots
-    for start in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
-        key = start + offs_n
-        key_mask = key < end
-        row = (start + slot_offset) % slots + wrapped_n
-        row = tl.where(row >= slots, row - slots, row).to(tl.int64)
-        k = tl.load(k_base + row[:, None] * stride_kt + offs_d[None, :], mask=key_mask[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        seen = key_mask[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= row_token[:, None])
-        if WINDOW > 0:
-            seen = seen & (key[None, :] > row_token[:, None] - WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see none of the first keys
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        row_max = new_max
-        v = tl.load(v_base + row[:, None] * stride_vt + offs_d[None, :], mask=key_mask[:, None], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, row_max, row_sum
-
-
-@triton.jit
 def _prefill_attention_kernel(
     q_ptr,  # [B, Hkv * GROUP, T, D]
     k_new_ptr,  # [B, Hkv, T, D]
@@ -154,93 +107,89 @@ def _prefill_attention_kernel(
     stride_qt,
     stride_kb,
     stride_kh,
-    stride_kt,
     stride_vb,
     stride_vh,
-    stride_vt,
     stride_kcb,
     stride_kch,
-    stride_kcl,
     stride_vcb,
     stride_vch,
-    stride_vcl,
     scale_log2,
     tokens,
     cache_len,
     kv_heads,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
+    TILES_WRAP: tl.constexpr,  # whether a tile of keys may reach over the end of the ring
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,  # columns of v and out of one program
     NUM_STAGES: tl.constexpr,
 ):
+    V_PARTS: tl.constexpr = D // BLOCK_DV
     head_index = tl.program_id(1).to(tl.int64)  # over B * Hkv
     batch, head = head_index // kv_heads, head_index % kv_heads
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest loops start first
+    row_tile = tl.num_programs(0) // V_PARTS - 1 - tl.program_id(0) // V_PARTS  # the longest loops start first
+    first_row = row_tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_token = rows // GROUP
     row_mask = row_token < tokens
     first_token = first_row // GROUP
     end_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, tokens)
     old_keys = tl.load(input_pos_ptr).to(tl.int32)
+    row_pos = old_keys + row_token
 
+    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, D)
+    offs_v = (tl.program_id(0) % V_PARTS) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     q_head = head * GROUP + rows % GROUP
     q_rows = batch * stride_qb + q_head * stride_qh + row_token.to(tl.int64) * stride_qt
     q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    begin = -old_keys
-    if WINDOW > 0:
-        begin = tl.maximum(begin, first_token - WINDOW + 1)
-    acc, row_max, row_sum = _attend(
-        q,
-        acc,
-        row_max,
-        row_sum,
-        k_cache_ptr + batch * stride_kcb + head * stride_kch,
-        v_cache_ptr + batch * stride_vcb + head * stride_vch,
-        stride_kcl,
-        stride_vcl,
-        begin,
-        0,
-        old_keys,
-        cache_len,
-        row_token,
-        scale_log2,
-        CAUSAL=False,
-        WINDOW=WINDOW,
-        D=D,
-        BLOCK_N=BLOCK_N,
-        NUM_STAGES=NUM_STAGES,
-    )
-    acc, row_max, row_sum = _attend(
-        q,
-        acc,
-        row_max,
-        row_sum,
-        k_new_ptr + batch * stride_kb + head * stride_kh,
-        v_new_ptr + batch * stride_vb + head * stride_vh,
-        stride_kt,
-        stride_vt,
-        tl.maximum(begin, 0),
-        end_token,
-        0,
-        tokens,
-        row_token,
-        scale_log2,
-        CAUSAL=True,
-        WINDOW=WINDOW,
-        D=D,
-        BLOCK_N=BLOCK_N,
-        NUM_STAGES=NUM_STAGES,
-    )
+    oldest = tl.maximum(old_keys + first_token - WINDOW + 1, 0) if WINDOW > 0 else 0
+    old_begin = tl.minimum(oldest // BLOCK_N * BLOCK_N, old_keys)  # aligned, so that whole tiles lie in one piece
+    new_begin = tl.maximum(oldest - old_keys, 0)
+    old_tiles = tl.cdiv(old_keys - old_begin, BLOCK_N)
+    new_tiles = tl.cdiv(end_token - new_begin, BLOCK_N)
+    k_cache = k_cache_ptr + batch * stride_kcb + head * stride_kch
+    v_cache = v_cache_ptr + batch * stride_vcb + head * stride_vch
+    k_new = k_new_ptr + batch * stride_kb + head * stride_kh
+    v_new = v_new_ptr + batch * stride_vb + head * stride_vh
+    for tile in tl.range(0, old_tiles + new_tiles, num_stages=NUM_STAGES):
+        is_old = tile < old_tiles
+        start = tl.where(is_old, old_begin + tile * BLOCK_N, old_keys + new_begin + (tile - old_tiles) * BLOCK_N)
+        key_pos = start + offs_n
+        key_mask = (key_pos >= oldest) & (key_pos < tl.where(is_old, old_keys, old_keys + end_token))
+        first_key = tl.where(is_old, start % cache_len if WINDOW > 0 else start, start - old_keys).to(tl.int64)
+        key_rows = offs_n
+        if TILES_WRAP:
+            slots = first_key + offs_n % cache_len
+            slots = tl.where(slots >= cache_len, slots - cache_len, slots)
+            key_rows = tl.where(is_old, slots, first_key + offs_n)
+            first_key = 0
+        k_tile = tl.where(is_old, k_cache, k_new) + first_key * D
+        k = tl.load(k_tile + (key_rows[:, None] * D + offs_d[None, :]), mask=key_mask[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        seen = key_mask[None, :] & (key_pos[None, :] <= row_pos[:, None])
+        if WINDOW > 0:
+            seen = seen & (key_pos[None, :] > row_pos[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see none of the first keys
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(row_max - shift)
+        row_sum = row_sum * decay + tl.sum(weights, 1)
+        row_max = new_max
+        v_tile = tl.where(is_old, v_cache, v_new) + first_key * D
+        v = tl.load(v_tile + (key_rows[:, None] * D + offs_v[None, :]), mask=key_mask[:, None], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+
     out = acc / row_sum[:, None]
     out_rows = ((batch * kv_heads * GROUP + q_head) * tokens + row_token) * D
-    tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+    tl.store(out_ptr + out_rows[:, None] + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
 
 
 # ----------------------------------------------------------------------------------------------------------- op
@@ -253,6 +202,9 @@ def _check(
     check_attention(q, k_cache, v_cache, input_pos, window)
     if k_new.shape[2] != q.shape[2] or k_new.shape[1] != k_cache.shape[1]:
         raise ValueError(f"k_new {list(k_new.shape)} does not fit q {list(q.shape)} and k_cache {list(k_cache.shape)}")
+    for name, x in (("k_new", k_new), ("v_new", v_new), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(2) != x.shape[3]:
+            raise ValueError(f"{name} must hold the rows of one head one after another, got strides {x.stride()}")
     if window > 0 and k_cache.shape[2] < window - 1:
         raise ValueError(f"a window of {window} does not fit a cache of {k_cache.shape[2]} slots")
 
@@ -276,10 +228,12 @@ def prefill_attention_launch(
 ) -> Tensor:
     """Run the kernel with the given configuration."""
     batch, q_heads, tokens, head_dim = q.shape
-    kv_heads = k_new.shape[1]
+    kv_heads, length = k_cache.shape[1], k_cache.shape[2]
     group = q_heads // kv_heads
+    block_dv = min(head_dim, config.block_dv)
+    tiles = triton.cdiv(tokens * group, config.block_m) * (head_dim // block_dv)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    wrap_triton(_prefill_attention_kernel)[(triton.cdiv(tokens * group, config.block_m), batch * kv_heads)](
+    wrap_triton(_prefill_attention_kernel)[(tiles, batch * kv_heads)](
         q_ptr=q,
         k_new_ptr=k_new,
         v_new_ptr=v_new,
@@ -292,25 +246,23 @@ def prefill_attention_launch(
         stride_qt=q.stride(2),
         stride_kb=k_new.stride(0),
         stride_kh=k_new.stride(1),
-        stride_kt=k_new.stride(2),
         stride_vb=v_new.stride(0),
         stride_vh=v_new.stride(1),
-        stride_vt=v_new.stride(2),
         stride_kcb=k_cache.stride(0),
         stride_kch=k_cache.stride(1),
-        stride_kcl=k_cache.stride(2),
         stride_vcb=v_cache.stride(0),
         stride_vch=v_cache.stride(1),
-        stride_vcl=v_cache.stride(2),
         scale_log2=scale * LOG2_E,
         tokens=tokens,
-        cache_len=k_cache.shape[2],
+        cache_len=length,
         kv_heads=kv_heads,
         GROUP=group,
         WINDOW=window,
+        TILES_WRAP=window > 0 and length % config.block_n != 0,
         D=head_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        BLOCK_DV=block_dv,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
