@@ -15,7 +15,8 @@ from gemma4.cache import KVCache
 from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_ids
 from gemma4.checkpoint import load_model, save_model
 from gemma4.config import Gemma4Config
-from gemma4.generate import check_ids, generate_tokens, prefill
+from gemma4.decode_loop import DecodeLoop
+from gemma4.generate import check_ids, check_room, generate_tokens, prefill
 from gemma4.mapping import plan_load
 from gemma4.model import TextModel
 from gemma4.progress import progress_bar
@@ -53,6 +54,7 @@ class Gemma4:
         self.path = path
         self.max_seq_len = max_seq_len
         self.sampling = SamplingParams.from_metadata(metadata)
+        self._idle_loop: DecodeLoop | None = None
 
     @classmethod
     def from_gguf(
@@ -96,7 +98,7 @@ class Gemma4:
         dtype: torch.dtype | None = None,
         max_seq_len: int = 4096,
     ) -> Gemma4:
-        """Opens a file of `save_packed`; on a CPU the weights are views on the mapped file. Arguments as `from_gguf`."""
+        """Opens a file of `save_packed`, arguments as `from_gguf`; on a CPU weights are views on the mapped file."""
         device, dtype = _placement(device, dtype)
         model, plan, metadata = load_model(path, dtype, device)
         max_seq_len = min(max_seq_len, model.config.context_length)
@@ -157,7 +159,24 @@ class Gemma4:
 
         eog_ids: where to stop; by default the tokenizer's, none for a file without a tokenizer.
         """
-        return list(self._new_ids(ids, max_new_tokens, seed, eog_ids, temperature=temperature, **sampling))
+        new_ids = self.stream_ids(ids, max_new_tokens, seed=seed, eog_ids=eog_ids, temperature=temperature, **sampling)
+        return list(new_ids)
+
+    def stream_ids(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 64,
+        *,
+        seed: int = 0,
+        eog_ids: frozenset[int] | None = None,
+        **sampling: float | None,
+    ) -> Iterator[int]:
+        """The ids of `generate_ids` one by one, sampled by the settings of `generate`. Raises ContextError at once."""
+        own_eog_ids, suppress_ids = self._text_options()
+        check_ids(ids, self.config.vocab_size)
+        check_room(len(ids), max_new_tokens, self.max_seq_len)
+        loop = self._loop(self.sampling.override(**sampling), suppress_ids, len(ids) + max_new_tokens)
+        return self._run(ids, max_new_tokens, seed, own_eog_ids if eog_ids is None else eog_ids, loop)
 
     @overload
     def generate(
@@ -198,7 +217,7 @@ class Gemma4:
         (`general.sampling.*`). Equal seeds, equal text. Raises ContextError where it would not fit in `max_seq_len`.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        new_ids = self._new_ids(ids, max_new_tokens, seed, self.tokenizer.eog_ids, **sampling)
+        new_ids = self.stream_ids(ids, max_new_tokens, seed=seed, eog_ids=None, **sampling)
         pieces = stream_text(new_ids, self.tokenizer, (stop,) if isinstance(stop, str) else stop)
         return pieces if stream else "".join(pieces)
 
@@ -250,27 +269,28 @@ class Gemma4:
         pieces = self.generate(ids, max_new_tokens, stream=True, seed=seed, stop=stop, **sampling)
         return pieces if stream else "".join(pieces)
 
-    def _new_ids(
-        self,
-        ids: Sequence[int],
-        max_new_tokens: int,
-        seed: int,
-        eog_ids: frozenset[int] | None,
-        **sampling: float | None,
+    def _text_options(self) -> tuple[frozenset[int], tuple[int, ...]]:
+        """End-of-generation ids and ids never to be sampled; both empty for a file without a tokenizer."""
+        if self.metadata.get("tokenizer.ggml.model", "none") == "none":
+            return frozenset(), ()
+        return self.tokenizer.eog_ids, self.tokenizer.suppress_ids
+
+    def _run(
+        self, ids: Sequence[int], max_new_tokens: int, seed: int, eog_ids: frozenset[int], loop: DecodeLoop
     ) -> Iterator[int]:
-        has_tokenizer = self.metadata.get("tokenizer.ggml.model", "none") != "none"
-        if eog_ids is None:
-            eog_ids = self.tokenizer.eog_ids if has_tokenizer else frozenset()
-        return generate_tokens(
-            self.model,
-            ids,
-            max_new_tokens,
-            self.sampling.override(**sampling),
-            seed=seed,
-            eog_ids=eog_ids,
-            suppress_ids=self.tokenizer.suppress_ids if has_tokenizer else (),
-            max_seq_len=self.max_seq_len,
-        )
+        try:
+            yield from generate_tokens(loop, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
+        finally:
+            self._idle_loop = loop if loop.runs_ahead else None
+
+    def _loop(self, params: SamplingParams, suppress_ids: tuple[int, ...], needed: int) -> DecodeLoop:
+        """A decode loop for one generation: the idle one with its captured graph, where there is one that fits."""
+        idle, self._idle_loop = self._idle_loop, None
+        if idle is not None and idle.params == params:
+            return idle
+        length = self.max_seq_len if self.device.type == "cuda" else needed
+        cache = KVCache(self.config, length, self.model.dtype, self.device) if idle is None else idle.cache
+        return DecodeLoop(self.model, cache, params, suppress_ids)
 
 
 def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:

@@ -6,13 +6,26 @@ ring of twice their window, position p in slot p % length, so that a prefill chu
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from gemma4.config import Gemma4Config, LayerConfig, LayerKind
 from gemma4.kernels.decode_attention import decode_attention
 from gemma4.kernels.prefill_attention import prefill_attention
+from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache
 from gemma4.quant.errors import ContextError
+
+
+class HeadTransform(NamedTuple):
+    """What turns projections into heads: RMS norm of q and k, of v too where `has_v_norm`, and rotary embedding."""
+
+    q_weight: Tensor  # float32 [D]
+    k_weight: Tensor  # float32 [D]
+    inv_freq: Tensor  # float32 [D // 2]
+    eps: float
+    has_v_norm: bool
 
 
 class LayerCache:
@@ -24,23 +37,27 @@ class LayerCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float) -> Tensor:
-        """Adds k, v [1, H_kv, T, D] at positions input_pos [T] and returns the attention of q [1, H, T, D] -> same.
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
+    ) -> Tensor:
+        """Adds keys and values of positions input_pos [T] and returns the attention of their queries [1, H, T, D].
 
-        A chunk reads what it may overwrite, so it attends before it is written.
+        q [T, H * D], k, v [T, H_kv * D]: raw projections; v None stands for k. A single token is written and then
+        attends; a chunk attends first, because it may overwrite what it reads.
         """
-        if q.shape[2] == 1:
-            self._write(k, v, input_pos)
-            out: Tensor = decode_attention(q, self.k, self.v, input_pos, scale, self.window)
+        q_weight, k_weight, inv_freq, eps, has_v_norm = heads
+        if q.shape[0] == 1:
+            queries = qk_norm_rope_cache(
+                q, k, v, q_weight, k_weight, self.k, self.v, inv_freq, input_pos, eps, has_v_norm
+            )
+            out: Tensor = decode_attention(queries, self.k, self.v, input_pos, scale, self.window)
             return out
-        out = prefill_attention(q, k, v, self.k, self.v, input_pos, scale, self.window)
-        self._write(k, v, input_pos)
-        return out
-
-    def _write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
+        queries, keys, values = qk_norm_rope(q, k, v, q_weight, k_weight, inv_freq, input_pos, eps, has_v_norm)
+        out = prefill_attention(queries, keys, values, self.k, self.v, input_pos, scale, self.window)
         slots = input_pos % self.k.shape[2]
-        self.k.index_copy_(2, slots, k)
-        self.v.index_copy_(2, slots, v)
+        self.k.index_copy_(2, slots, keys)
+        self.v.index_copy_(2, slots, values)
+        return out
 
 
 class KVCache:

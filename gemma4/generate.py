@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gemma4.cache import KVCache
+from gemma4.decode_loop import DecodeLoop
 from gemma4.model import TextModel
 from gemma4.quant.errors import ContextError
-from gemma4.sampling import SamplingParams, sample
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -33,7 +33,7 @@ def prefill(
     """
     if start + len(ids) > cache.max_seq_len:
         raise ContextError(
-            f"found {start + len(ids)} tokens, the cache holds {cache.max_seq_len}; raise max_seq_len or shorten the text",
+            f"found {start + len(ids)} tokens, the cache holds {cache.max_seq_len}; raise max_seq_len or shorten it",
             field="ids",
         )
     device = model.norm.weight.device
@@ -47,41 +47,35 @@ def prefill(
     return torch.cat(logits)
 
 
-@torch.inference_mode()
-def generate_tokens(
-    model: TextModel,
-    ids: Sequence[int],
-    max_new_tokens: int,
-    params: SamplingParams,
-    *,
-    seed: int = 0,
-    eog_ids: frozenset[int] = frozenset(),
-    suppress_ids: Sequence[int] = (),
-    max_seq_len: int,
-) -> Iterator[int]:
-    """Yields up to `max_new_tokens` ids that follow `ids`; ends after an id in `eog_ids`, which is yielded too.
-
-    Equal seeds give equal ids. Raises ContextError where prompt and new tokens do not fit in `max_seq_len`.
-    """
-    check_ids(ids, model.config.vocab_size)
-    needed = len(ids) + max_new_tokens
+def check_room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
+    """Raises ContextError where prompt and new tokens do not fit."""
+    needed = prompt_tokens + max_new_tokens
     if needed > max_seq_len:
         raise ContextError(
-            f"{len(ids)} prompt tokens and {max_new_tokens} new ones need {needed} positions, max_seq_len is "
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones need {needed} positions, max_seq_len is "
             f"{max_seq_len}; load with a larger max_seq_len or ask for fewer tokens",
             field="max_new_tokens",
         )
-    device = model.norm.weight.device
-    cache = KVCache(model.config, needed, model.dtype, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    suppressed = torch.tensor(suppress_ids, dtype=torch.int64, device=device)
-    logits = prefill(model, cache, ids)
-    position = torch.tensor([len(ids)], dtype=torch.int64, device=device)
-    for step in range(max_new_tokens):
-        token = sample(logits[0].index_fill_(0, suppressed, float("-inf")), params, generator)
-        new_id = int(token)
+
+
+@torch.inference_mode()
+def generate_tokens(
+    loop: DecodeLoop, ids: Sequence[int], max_new_tokens: int, *, seed: int = 0, eog_ids: frozenset[int] = frozenset()
+) -> Iterator[int]:
+    """Yields up to `max_new_tokens` ids that follow `ids`; ends after an id in `eog_ids`, which is yielded too.
+
+    Equal seeds give equal ids. Raises ContextError where they do not fit in the loop's cache.
+    """
+    check_room(len(ids), max_new_tokens, loop.cache.max_seq_len)
+    logits = prefill(loop.model, loop.cache, ids)
+    loop.start(logits, len(ids), seed)
+    for remaining in range(max_new_tokens - 1, -1, -1):
+        read = loop.read()
+        if loop.runs_ahead and remaining:
+            loop.advance()
+        new_id = read()
         yield new_id
-        if new_id in eog_ids or step + 1 == max_new_tokens:
+        if new_id in eog_ids:
             return
-        logits = model(token, position, cache)
-        position += 1
+        if remaining and not loop.runs_ahead:
+            loop.advance()

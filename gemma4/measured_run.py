@@ -12,7 +12,6 @@ import torch
 from rich.filesize import decimal
 
 from gemma4.api import Gemma4
-from gemma4.generate import generate_tokens
 from gemma4.printable import printable
 from gemma4.sampling import SamplingParams
 from gemma4.text_stream import stream_text
@@ -121,15 +120,8 @@ class TimedText:
 
     def _timed_ids(self) -> Iterator[int]:
         model, options = self.model, self.options
-        new_ids = generate_tokens(
-            model.model,
-            self.ids,
-            options.max_new_tokens,
-            model.sampling.override(**options.sampling),
-            seed=options.seed,
-            eog_ids=model.tokenizer.eog_ids,
-            suppress_ids=model.tokenizer.suppress_ids,
-            max_seq_len=model.max_seq_len,
+        new_ids = model.stream_ids(
+            self.ids, options.max_new_tokens, seed=options.seed, eog_ids=None, **options.sampling
         )
         while True:
             begin = time.perf_counter()

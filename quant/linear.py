@@ -7,16 +7,27 @@ time compilation copies buffers but not parameters. The weight's format is fixed
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma4.kernels import linear as ops
+from gemma4.kernels.q4_0_matvec import q4_0_matvec
+from gemma4.kernels.q4_1_matvec import q4_1_matvec
+from gemma4.kernels.q4_k_matvec import q4_k_matvec
+from gemma4.kernels.q5_0_matvec import q5_0_matvec
+from gemma4.kernels.q5_1_matvec import q5_1_matvec
+from gemma4.kernels.q5_k_matvec import q5_k_matvec
+from gemma4.kernels.q6_k_matvec import q6_k_matvec
+from gemma4.kernels.q8_0_matvec import q8_0_matvec
 from gemma4.quant.errors import ShapeError
 from gemma4.quant.formats import QuantTensor, container_for
 from gemma4.quant.ggml_types import GGMLType
+
+Rows: TypeAlias = tuple[Tensor, ...]
+"""Rows [M, K] of activations: (x,), or what `gemma4.kernels.activations.quantize_activations` returns for x."""
 
 # y = x @ W.T straight from the planes of W, in the container's order.
 LINEAR_OPS: Final[Mapping[GGMLType, Callable[..., Tensor]]] = {
@@ -28,6 +39,17 @@ LINEAR_OPS: Final[Mapping[GGMLType, Callable[..., Tensor]]] = {
     GGMLType.Q5_1: ops.q5_1_linear,
     GGMLType.Q4_0: ops.q4_0_linear,
     GGMLType.Q4_1: ops.q4_1_linear,
+}
+# The same for at most MAX_ROWS quantized rows of x.
+MATVEC_OPS: Final[Mapping[GGMLType, Callable[..., Tensor]]] = {
+    GGMLType.Q4_K: q4_k_matvec,
+    GGMLType.Q5_K: q5_k_matvec,
+    GGMLType.Q6_K: q6_k_matvec,
+    GGMLType.Q8_0: q8_0_matvec,
+    GGMLType.Q5_0: q5_0_matvec,
+    GGMLType.Q5_1: q5_1_matvec,
+    GGMLType.Q4_0: q4_0_matvec,
+    GGMLType.Q4_1: q4_1_matvec,
 }
 # Decoded weights in flight at once; bounds what a product of a vocabulary-sized matrix materializes.
 _CHUNK_BYTES = 64 << 20
@@ -70,17 +92,23 @@ class PackedWeight(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x @ W.T for a packed W [N, K]; x [..., K] and y [..., N] in x's dtype."""
+    """y = x @ W.T for a packed W [N, K]: x [M, K], y [M, N].
 
-    def __init__(self, weight: PackedWeight) -> None:
+    out_dtype: of y where a kernel sums in float32 and may keep it; elsewhere y has the dtype of x.
+    """
+
+    def __init__(self, weight: PackedWeight, out_dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = weight
+        self.out_dtype = out_dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         weight = self.weight
+        if len(x) > 1:
+            return MATVEC_OPS[weight.ggml_type](*x, *weight.planes, out_dtype=self.out_dtype)
         if weight.ggml_type in LINEAR_OPS:
-            return LINEAR_OPS[weight.ggml_type](x, *weight.planes)
-        return decoded_linear(x, weight.tensor)
+            return LINEAR_OPS[weight.ggml_type](*x, *weight.planes)
+        return decoded_linear(x[0], weight.tensor)
 
 
 def decoded_linear(x: Tensor, weight: QuantTensor) -> Tensor:

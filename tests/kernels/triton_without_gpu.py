@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 SHARED_LIMITS = {80: 166912, 90: 232448, 120: 101376}
 """Bytes of shared memory that one program may use, by compute capability (CUDA programming guide)."""
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int8: "*i8"}
 
 
 def allow_loops_over_tensors() -> None:
@@ -76,7 +76,8 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            # Inductor declares Python floats as fp64, a plain launch as fp32: fp64 is the harder one to compile.
+            signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     attributes = {index: value for index, value in attributes.items() if index not in constants}

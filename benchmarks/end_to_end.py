@@ -1,0 +1,149 @@
+"""Times a model on one GPU: load, prefill, and decode against context. A table first, one JSON line last.
+
+usage: python benchmarks/end_to_end.py FILE [--contexts 512,2048,8192,32768] [--prompts 2048,8192] [--profile]
+
+Decode replays the captured step at each context, with caches full of random keys and values: its cost depends on the
+position, not on the values. Times are medians, with weights far larger than the L2 cache in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from gemma4 import Gemma4, __version__
+from gemma4.cache import KVCache
+from gemma4.decode_loop import DecodeLoop
+from gemma4.generate import prefill
+from gemma4.sampling import SamplingParams
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy on the device."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(timed(lambda: target.copy_(source), 10))
+
+
+def timed(run: object, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` runs on the device."""
+    assert callable(run)
+    run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+
+
+@torch.inference_mode()
+def time_decode(model: Gemma4, contexts: list[int], params: SamplingParams, steps: int) -> dict[int, float]:
+    """Seconds per token at each context."""
+    cache = KVCache(model.config, max(contexts) + 4 * steps + 16, model.model.dtype, model.device)
+    for layer in cache.layers:
+        layer.k.normal_()
+        layer.v.normal_()
+    loop = DecodeLoop(model.model, cache, params)
+    seconds = {}
+    for context in contexts:
+        loop.start(torch.randn(1, model.config.vocab_size, device=model.device), context, seed=0)
+        loop.advance()
+        seconds[context] = statistics.median(timed(loop.advance, steps))
+    return seconds
+
+
+@torch.inference_mode()
+def time_prefill(model: Gemma4, prompts: list[int], repeats: int) -> dict[int, float]:
+    """Seconds for a whole prompt of each length."""
+    seconds = {}
+    for length in prompts:
+        ids = torch.randint(0, model.config.vocab_size, (length,)).tolist()
+        cache = KVCache(model.config, length, model.model.dtype, model.device)
+        seconds[length] = statistics.median(timed(lambda c=cache, i=ids: prefill(model.model, c, i), repeats))
+        del cache
+    return seconds
+
+
+@torch.inference_mode()
+def profile(model: Gemma4, context: int) -> None:
+    """Prints where the time of one decode step and of one prefill chunk goes, by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    cache = KVCache(model.config, max(context + 64, 4096), model.model.dtype, model.device)
+    loop = DecodeLoop(model.model, cache, SamplingParams(temperature=0))
+    loop.start(torch.randn(1, model.config.vocab_size, device=model.device), context, seed=0)
+    loop.advance()
+    with record(activities=[ProfilerActivity.CUDA]) as decoding:
+        for _ in range(4):
+            loop.advance()
+        torch.cuda.synchronize()
+    ids = torch.randint(0, model.config.vocab_size, (2048,)).tolist()
+    prefill(model.model, cache, ids)
+    with record(activities=[ProfilerActivity.CUDA]) as filling:
+        prefill(model.model, cache, ids)
+        torch.cuda.synchronize()
+    for name, trace, runs in (("decode step", decoding, 4), ("prefill 2048", filling, 1)):
+        rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)
+        total = sum(row.self_device_time_total for row in rows) / runs
+        print(f"\n{name}: {total:.0f} us in kernels")
+        for row in rows[:22]:
+            us = row.self_device_time_total / runs
+            print(f"  {us:9.1f} us  {row.count / runs:6.1f} x {us * runs / row.count:8.2f} us  {row.key[:90]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--contexts", default="512,2048,8192,32768")
+    parser.add_argument("--prompts", default="2048,8192")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    contexts = [int(c) for c in args.contexts.split(",") if c]
+    prompts = [int(p) for p in args.prompts.split(",") if p]
+
+    bandwidth = copy_bandwidth()
+    torch.cuda.empty_cache()
+    begin = time.perf_counter()
+    model = Gemma4.from_gguf(args.file, device="cuda", max_seq_len=max(contexts + prompts) + 256)
+    torch.cuda.synchronize()
+    load_s = time.perf_counter() - begin
+    packed = sum(p.nbytes for p in model.model.parameters())
+    decode = time_decode(model, contexts, SamplingParams(temperature=0), args.steps)
+    fill = time_prefill(model, prompts, 3)
+    if args.profile:
+        profile(model, 512)
+
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
+    print(f"{model.config.name}: {packed / 1e9:.2f} GB packed, loaded in {load_s:.2f} s\n")
+    print("what               tokens/s   ms/token  weights / copy bandwidth")
+    for context, s in decode.items():
+        print(f"decode  @{context:<8} {1 / s:10.1f} {1e3 * s:10.3f} {packed / s / bandwidth:12.0%}")
+    for length, s in fill.items():
+        print(f"prefill {length:<9} {length / s:10.0f} {1e3 * s / length:10.3f}")
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "gemma4": __version__,
+        "file": args.file.name,
+        "copy_bytes_per_s": bandwidth,
+        "weight_bytes": packed,
+        "load_s": load_s,
+        "decode_tokens_per_s": {c: 1 / s for c, s in decode.items()},
+        "prefill_tokens_per_s": {n: n / s for n, s in fill.items()},
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What stands between two matrix products: norms, residual sums and GELU, in one of two forms.
+
+`DenseRows` makes plain tensors, for prefill and the CPU. `PackedRows` makes int8 activations with one fused kernel a
+step, for the packed matvecs that decode a few tokens. A model's forward is written once against both.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gemma4.kernels.activations import quantize_activations
+from gemma4.kernels.fused_norm import residual_norm_quantize, rms_norm, rms_norm_quantize
+from gemma4.kernels.gelu_mul import gelu_mul_quantize, gelu_mul_reference
+from gemma4.quant.linear import Rows
+
+
+class RMSNorm(nn.Module):
+    """The weight float32 [size] and epsilon of an RMS norm (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device="meta"), requires_grad=False)
+
+
+class RowMaker(Protocol):
+    """Makes the input of the next matrix product. h: float32 [M, H], the residual stream; y: [M, H], a branch."""
+
+    def plain(self, x: Tensor) -> Rows:
+        """x [M, K] as it is."""
+
+    def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
+        """norm(h)."""
+
+    def residual_normed(
+        self, h: Tensor, y: Tensor, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm
+    ) -> tuple[Tensor, Rows]:
+        """h' = (h + post_norm(y)) * scale, and norm(h')."""
+
+    def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
+        """gelu_tanh(gate) * up."""
+
+
+class DenseRows:
+    """Rows as one tensor of `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def plain(self, x: Tensor) -> Rows:
+        return (x,)
+
+    def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
+        return (rms_norm(h, norm.weight, norm.eps).to(self.dtype),)
+
+    def residual_normed(
+        self, h: Tensor, y: Tensor, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm
+    ) -> tuple[Tensor, Rows]:
+        h = h + rms_norm(y, post_norm.weight, post_norm.eps)
+        h = h if scale is None else h * scale
+        return h, self.normed(h, norm)
+
+    def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
+        return (gelu_mul_reference(gate, up),)
+
+
+class PackedRows:
+    """Rows as int8 planes with scales and sums (`gemma4.kernels.activations`)."""
+
+    def plain(self, x: Tensor) -> Rows:
+        rows: Rows = quantize_activations(x)
+        return rows
+
+    def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
+        rows: Rows = rms_norm_quantize(h, norm.weight, norm.eps)
+        return rows
+
+    def residual_normed(
+        self, h: Tensor, y: Tensor, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm
+    ) -> tuple[Tensor, Rows]:
+        h, *rows = residual_norm_quantize(h, y, post_norm.weight, scale, norm.weight, norm.eps)
+        return h, tuple(rows)
+
+    def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
+        rows: Rows = gelu_mul_quantize(gate, up)
+        return rows

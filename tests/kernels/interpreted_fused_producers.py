@@ -1,0 +1,58 @@
+"""The kernels that emit quantized activations, in the interpreter; run by test_fused_producers.py in its own process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma4.kernels.activations import dequantize_activations
+from gemma4.kernels.fused_norm import launch_fused_norm, residual_norm_quantize_reference, rms_norm
+from gemma4.kernels.gelu_mul import gelu_mul_reference, launch_gelu_mul_quantize
+from tests.kernels.attention_cases import poisoned_outputs, relative_error
+
+SIZES = [(1, 32), (1, 96), (3, 256), (8, 704), (2, 1536)]
+TOLERANCE = {1: 2e-2, 2: 1e-4}
+SUM_TOLERANCE = {1: 1e-1, 2: 1e-3}  # sums of 16 cancel
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(("m", "k"), SIZES)
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_residual_norm(m: int, k: int, planes: int, has_scale: bool) -> None:
+    h, y = torch.randn(m, k), 3 * torch.randn(m, k)
+    post, weight = torch.rand(k) + 0.5, torch.rand(k) + 0.5
+    scale = torch.tensor([0.4]) if has_scale else None
+    with poisoned_outputs():
+        out, xq, xs, xsum = launch_fused_norm(h, y, post, scale, weight, 1e-6, planes)
+    h_ref, xq_ref, xs_ref, xsum_ref = residual_norm_quantize_reference(h, y, post, scale, weight, 1e-6, planes)
+    assert relative_error(out, h_ref) < 1e-6
+    exact = rms_norm(h_ref, weight, 1e-6)
+    assert relative_error(dequantize_activations(xq, xs), exact) < TOLERANCE[planes]
+    assert relative_error(dequantize_activations(xq, xs), dequantize_activations(xq_ref, xs_ref)) < TOLERANCE[planes]
+    assert relative_error(xsum, xsum_ref) < SUM_TOLERANCE[planes]
+
+
+@pytest.mark.parametrize(("m", "k"), SIZES)
+def test_norm_alone(m: int, k: int) -> None:
+    x, weight = torch.randn(m, k), torch.rand(k) + 0.5
+    with poisoned_outputs():
+        same, xq, xs, xsum = launch_fused_norm(x, None, None, None, weight, 1e-6, 2)
+    assert same is x
+    exact = rms_norm(x, weight, 1e-6)
+    assert relative_error(dequantize_activations(xq, xs), exact) < 1e-4
+    assert relative_error(xsum, exact.unflatten(1, (-1, 16)).sum(-1)) < SUM_TOLERANCE[2]
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(("m", "k"), SIZES)
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_gelu_mul(m: int, k: int, planes: int, is_fused: bool) -> None:
+    both = 2 * torch.randn(m, 2 * k)
+    gate, up = both.chunk(2, -1)
+    if not is_fused:
+        gate, up = gate.contiguous(), up.contiguous()
+    with poisoned_outputs():
+        xq, xs, xsum = launch_gelu_mul_quantize(gate, up, planes)
+    exact = gelu_mul_reference(gate, up)
+    assert relative_error(dequantize_activations(xq, xs), exact) < TOLERANCE[planes]
+    assert relative_error(xsum, exact.unflatten(1, (-1, 16)).sum(-1)) < SUM_TOLERANCE[planes]
