@@ -11,11 +11,25 @@ M is the number of rows of x. Where M is symbolic (an exported prefill), the dec
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op
 
-from gemma4.kernels.packed_planes import PACKED_FORMATS, PackedFormat, check_planes
+from gemma4.kernels.activations import launch_quantize_activations
+from gemma4.kernels.dequantize_planes import dequantize_planes
+from gemma4.kernels.packed_matvec import MAX_ROWS, launch_packed_matvec
+from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
+from gemma4.kernels.q4_0_matvec import q4_0_matvec_kernel
+from gemma4.kernels.q4_1_matvec import q4_1_matvec_kernel
+from gemma4.kernels.q4_k_matvec import q4_k_matvec_kernel
+from gemma4.kernels.q5_0_matvec import q5_0_matvec_kernel
+from gemma4.kernels.q5_1_matvec import q5_1_matvec_kernel
+from gemma4.kernels.q5_k_matvec import q5_k_matvec_kernel
+from gemma4.kernels.q6_k_matvec import q6_k_matvec_kernel
+from gemma4.kernels.q8_0_matvec import q8_0_matvec_kernel
 
 __all__ = [
     "q4_0_linear",
@@ -35,72 +49,79 @@ SCRATCH_BYTES = 256 << 20
 @triton_op("gemma4::q4_k_linear", mutates_args={})
 def q4_k_linear(x: Tensor, qs: Tensor, codes: Tensor, dm: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q4_K weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q4_k", x, (qs, codes, dm))
+    return _linear("q4_k", q4_k_matvec_kernel, x, (qs, codes, dm))
 
 
 @triton_op("gemma4::q5_k_linear", mutates_args={})
 def q5_k_linear(x: Tensor, qs: Tensor, qh: Tensor, codes: Tensor, dm: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q5_K weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q5_k", x, (qs, qh, codes, dm))
+    return _linear("q5_k", q5_k_matvec_kernel, x, (qs, qh, codes, dm))
 
 
 @triton_op("gemma4::q6_k_linear", mutates_args={})
 def q6_k_linear(x: Tensor, qs: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q6_K weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q6_k", x, (qs, qh, scales, d))
+    return _linear("q6_k", q6_k_matvec_kernel, x, (qs, qh, scales, d))
 
 
 @triton_op("gemma4::q8_0_linear", mutates_args={})
 def q8_0_linear(x: Tensor, qs: Tensor, d: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q8_0 weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q8_0", x, (qs, d))
+    return _linear("q8_0", q8_0_matvec_kernel, x, (qs, d))
 
 
 @triton_op("gemma4::q5_0_linear", mutates_args={})
 def q5_0_linear(x: Tensor, qs: Tensor, qh: Tensor, d: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q5_0 weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q5_0", x, (qs, qh, d))
+    return _linear("q5_0", q5_0_matvec_kernel, x, (qs, qh, d))
 
 
 @triton_op("gemma4::q5_1_linear", mutates_args={})
 def q5_1_linear(x: Tensor, qs: Tensor, qh: Tensor, dm: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q5_1 weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q5_1", x, (qs, qh, dm))
+    return _linear("q5_1", q5_1_matvec_kernel, x, (qs, qh, dm))
 
 
 @triton_op("gemma4::q4_0_linear", mutates_args={})
 def q4_0_linear(x: Tensor, qs: Tensor, d: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q4_0 weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q4_0", x, (qs, d))
+    return _linear("q4_0", q4_0_matvec_kernel, x, (qs, d))
 
 
 @triton_op("gemma4::q4_1_linear", mutates_args={})
 def q4_1_linear(x: Tensor, qs: Tensor, dm: Tensor) -> Tensor:
     """x: [..., K]; planes of a Q4_1 weight [N, K]. Returns [..., N] in x's dtype."""
-    return _linear("q4_1", x, (qs, dm))
+    return _linear("q4_1", q4_1_matvec_kernel, x, (qs, dm))
 
 
-def _linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
-    fmt = PACKED_FORMATS[name]
-    n, k = check_planes(fmt, planes)
+def _linear(name: str, kernel: Any, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
+    n, k = check_planes(PACKED_FORMATS[name], planes)
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name}_linear: x must be bfloat16 or float32, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"{name}_linear: x must be [..., {k}], got {list(x.shape)}")
     if x.device != planes[0].device:
         raise ValueError(f"{name}_linear: x is on {x.device}, the weight on {planes[0].device}")
-    return _decoded_linear(fmt, x.reshape(-1, k), planes).reshape(*x.shape[:-1], n)
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and guard_or_false(m <= MAX_ROWS) and m > 0:
+        y = launch_packed_matvec(kernel, name, launch_quantize_activations(rows, 2), planes, x.dtype)
+    else:
+        y = _decoded_linear(name, rows, planes)
+    return y.reshape(*x.shape[:-1], n)
 
 
-def _decoded_linear(fmt: PackedFormat, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
-    """x: [M, K]. Returns [M, N], decoding at most SCRATCH_BYTES of weights (float32) at a time."""
+def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
+    """x: [M, K]. Returns [M, N], holding at most SCRATCH_BYTES of decoded weights at a time."""
     n, k = planes[0].shape[0], x.shape[1]
-    step = max(1, SCRATCH_BYTES // (4 * k))
-    parts = [
-        x @ fmt.dequantize(*(plane[start : start + step] for plane in planes)).to(x.dtype).T
-        for start in range(0, n, step)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    step = max(1, SCRATCH_BYTES // (x.element_size() * k))
+    if step >= n:
+        return x @ dequantize_planes(name, planes, x.dtype).T
+    y = x.new_empty((x.shape[0], n))
+    for start in range(0, n, step):
+        part = tuple(plane[start : start + step] for plane in planes)
+        torch.mm(x, dequantize_planes(name, part, x.dtype).T, out=y[:, start : start + step])
+    return y
 
 
 def _linear_fake(x: Tensor, qs: Tensor, *_: Tensor) -> Tensor:

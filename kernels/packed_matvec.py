@@ -1,0 +1,129 @@
+"""What the packed matvec ops share outside their kernels: checks, reference, tile choice and launch.
+
+An op `gemma4::<format>_matvec(xq, xs, xsum, *planes, out_dtype) -> [M, N]` multiplies activations from
+`gemma4::quantize_activations` with a packed weight. Products and sums inside 16 weights are exact integers;
+scaling and the sum over K are float32 in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from gemma4.kernels.activations import dequantize_activations
+from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
+
+MAX_ROWS = 8
+"""Most rows M of x that a matvec kernel takes."""
+
+
+def matvec_tile(name: str, k: int, m: int) -> dict[str, int]:
+    """Tile of a matvec for M = m rows of x: KL lanes and KW warps along K, R rows of W a thread.
+
+    A warp reads neighbouring units of one row, so that its loads are whole lines. KL, KW and the loop fix the order
+    of the sum over K: they depend on the format and K alone, so that a row does not depend on its neighbours.
+    """
+    is_long = k >= 8192 and name != "q6_k"
+    rows = 2 if is_long or m > 1 or name == "q6_k" else 1
+    return {"KL": 32, "RL": 1, "KW": 4 if is_long else 1, "R": rows, "UNROLL": 2 if is_long else 1}
+
+
+def check_activations(name: str, xq: Tensor, xs: Tensor, xsum: Tensor, k: int) -> tuple[int, int]:
+    """Return (planes, M). Raises ValueError naming the tensor that does not fit a weight with K = k."""
+    inner = (4, triton.cdiv(k, 64), 16)
+    if xq.dim() != 5 or xq.shape[0] not in (1, 2) or tuple(xq.shape[2:]) != inner or xq.dtype != torch.int8:
+        expected = f"int8 [1 or 2, M, {', '.join(map(str, inner))}] for K = {k}"
+        raise ValueError(f"{name}: xq must be {expected}, got {xq.dtype} {list(xq.shape)}")
+    planes, m = xq.shape[:2]
+    if not 1 <= m <= MAX_ROWS:
+        raise ValueError(f"{name}: M must be 1 to {MAX_ROWS}, got {m}")
+    for label, tensor, group in (("xs", xs, 32), ("xsum", xsum, 16)):
+        if tuple(tensor.shape) != (m, k // group) or tensor.dtype != torch.float32:
+            expected = f"float32 {[m, k // group]}"
+            raise ValueError(f"{name}: {label} must be {expected}, got {tensor.dtype} {list(tensor.shape)}")
+    for label, tensor in (("xq", xq), ("xs", xs), ("xsum", xsum)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: {label} must be contiguous, got strides {tensor.stride()}")
+        if tensor.device != xq.device:
+            raise ValueError(f"{name}: {label} is on {tensor.device}, xq on {xq.device}")
+    return planes, m
+
+
+def packed_matvec(
+    kernel: Any,
+    name: str,
+    activations: tuple[Tensor, Tensor, Tensor],
+    planes: tuple[Tensor, ...],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Body of every matvec op: the torch reference on the CPU, `kernel` on a GPU."""
+    if planes[0].device.type == "cpu":
+        return packed_matvec_reference(name, activations, planes, out_dtype)
+    return launch_packed_matvec(kernel, name, activations, planes, out_dtype)
+
+
+def packed_matvec_reference(
+    name: str, activations: tuple[Tensor, Tensor, Tensor], planes: tuple[Tensor, ...], out_dtype: torch.dtype
+) -> Tensor:
+    """[M, N]: the quantized activations times the exactly decoded weights, in float32."""
+    _check(name, activations, planes, out_dtype)
+    xq, xs, _ = activations
+    return (dequantize_activations(xq, xs) @ PACKED_FORMATS[name].dequantize(*planes).T).to(out_dtype)
+
+
+def launch_packed_matvec(
+    kernel: Any,
+    name: str,
+    activations: tuple[Tensor, Tensor, Tensor],
+    planes: tuple[Tensor, ...],
+    out_dtype: torch.dtype,
+    **options: int,
+) -> Tensor:
+    """Run `kernel`; on CPU tensors only where Triton interprets. `options` override the chosen tile."""
+    m, n, k = _check(name, activations, planes, out_dtype)
+    xq, xs, xsum = activations
+    y = xs.new_empty((m, n), dtype=out_dtype)
+    tile = matvec_tile(name, k, m) | options
+    pointers = {f"{p.name}_ptr": t for p, t in zip(PACKED_FORMATS[name].planes, planes, strict=True)}
+    grid = (triton.cdiv(n, tile["R"] * tile["RL"]),)
+    warps = tile["KL"] * tile["RL"] * tile["KW"] // 32
+    even = n % (tile["R"] * tile["RL"]) == 0
+    wrap_triton(kernel)[grid](
+        y_ptr=y,
+        xq_ptr=xq,
+        xs_ptr=xs,
+        xsum_ptr=xsum,
+        **pointers,
+        N=n,
+        K=k,
+        M=m,
+        PLANES=xq.shape[0],
+        EVEN_N=even,
+        **tile,
+        num_warps=warps,
+    )
+    return y
+
+
+def packed_matvec_fake(
+    name: str, activations: tuple[Tensor, Tensor, Tensor], planes: tuple[Tensor, ...], out_dtype: torch.dtype
+) -> Tensor:
+    """Shape and dtype of the result."""
+    m, n, _ = _check(name, activations, planes, out_dtype)
+    return activations[1].new_empty((m, n), dtype=out_dtype)
+
+
+def _check(
+    name: str, activations: tuple[Tensor, Tensor, Tensor], planes: tuple[Tensor, ...], out_dtype: torch.dtype
+) -> tuple[int, int, int]:
+    n, k = check_planes(PACKED_FORMATS[name], planes)
+    _, m = check_activations(f"{name}_matvec", *activations, k)
+    if activations[0].device != planes[0].device:
+        raise ValueError(f"{name}_matvec: xq is on {activations[0].device}, qs on {planes[0].device}")
+    if out_dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name}_matvec: out_dtype must be bfloat16 or float32, got {out_dtype}")
+    return m, n, k

@@ -1,0 +1,90 @@
+"""Q4_0 matvec: y[m, n] = sum_k x[m, k] * W[n, k] with W = d * (q - 8), read packed.
+
+x comes as int8 planes from `gemma4::quantize_activations`; W [N, K] as the planes qs and d of
+`gemma4.quant.formats`: 4.5 bits a weight. K is a multiple of 32 and M at most 8.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from gemma4.kernels.packed_matvec import packed_matvec, packed_matvec_fake
+from gemma4.kernels.packed_tile import (
+    add_group,
+    inside,
+    load_half,
+    load_piece,
+    nibbles,
+    store_rows,
+    tile_row,
+    tile_start,
+    tile_unit,
+)
+
+
+@triton.jit
+def q4_0_matvec_kernel(
+    y_ptr,  # [M, N]
+    xq_ptr,  # [PLANES, M, 4, ceil(K/64), 16] int8
+    xs_ptr,  # [M, K//32] float32
+    xsum_ptr,  # [M, K//16] float32
+    qs_ptr,  # [N, K//2] uint8
+    d_ptr,  # [N, K//32] float16
+    N,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    KL: tl.constexpr,
+    RL: tl.constexpr,
+    KW: tl.constexpr,
+    R: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN_N: tl.constexpr,
+):
+    UNITS: tl.constexpr = K // 32
+    EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
+    start = tile_start(RL, R)
+    qs_ptr += start * (K // 2)
+    d_ptr += start * (K // 32)
+    row = tile_row(start, N, RL, R, EVEN_N)
+    lane = tile_unit(KL, RL, KW)
+    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
+    for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):
+        live = step * (KL * KW) + lane < UNITS
+        unit = inside(step * (KL * KW) + lane, UNITS, EVEN_K)
+        w = load_piece(qs_ptr, row, unit, K // 2)
+        d = load_half(d_ptr, row, unit, K // 32)
+        sums = add_group(
+            sums, nibbles(w, 0), nibbles(w, 1), d, d * -8.0, unit, live, xq_ptr, xs_ptr, xsum_ptr,
+            K, M, PLANES, False, True, EVEN_K,
+        )  # fmt: skip
+    store_rows(y_ptr, sums, start, N, M, RL, R)
+
+
+@triton_op("gemma4::q4_0_matvec", mutates_args={})
+def q4_0_matvec(
+    xq: Tensor,
+    xs: Tensor,
+    xsum: Tensor,
+    qs: Tensor,
+    d: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """xq, xs, xsum: activations [M, K], M <= 8; planes of a Q4_0 weight [N, K]. Returns [M, N]."""
+    return packed_matvec(q4_0_matvec_kernel, "q4_0", (xq, xs, xsum), (qs, d), out_dtype)
+
+
+@q4_0_matvec.register_fake
+def _(
+    xq: Tensor,
+    xs: Tensor,
+    xsum: Tensor,
+    qs: Tensor,
+    d: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    return packed_matvec_fake("q4_0", (xq, xs, xsum), (qs, d), out_dtype)

@@ -1,0 +1,90 @@
+"""Q8_0 matvec: y[m, n] = sum_k x[m, k] * W[n, k] with W = d * q, read packed.
+
+x comes as int8 planes from `gemma4::quantize_activations`; W [N, K] as the planes qs and d of
+`gemma4.quant.formats`: 8.5 bits a weight. K is a multiple of 32 and M at most 8.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from gemma4.kernels.packed_matvec import packed_matvec, packed_matvec_fake
+from gemma4.kernels.packed_tile import (
+    add_group,
+    inside,
+    load_half,
+    load_piece,
+    store_rows,
+    tile_row,
+    tile_start,
+    tile_unit,
+)
+
+
+@triton.jit
+def q8_0_matvec_kernel(
+    y_ptr,  # [M, N]
+    xq_ptr,  # [PLANES, M, 4, ceil(K/64), 16] int8
+    xs_ptr,  # [M, K//32] float32
+    xsum_ptr,  # [M, K//16] float32
+    qs_ptr,  # [N, K] int8
+    d_ptr,  # [N, K//32] float16
+    N,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    KL: tl.constexpr,
+    RL: tl.constexpr,
+    KW: tl.constexpr,
+    R: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN_N: tl.constexpr,
+):
+    UNITS: tl.constexpr = K // 32
+    EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
+    start = tile_start(RL, R)
+    qs_ptr += start * (K)
+    d_ptr += start * (K // 32)
+    row = tile_row(start, N, RL, R, EVEN_N)
+    lane = tile_unit(KL, RL, KW)
+    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
+    for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):
+        live = step * (KL * KW) + lane < UNITS
+        unit = inside(step * (KL * KW) + lane, UNITS, EVEN_K)
+        w0 = load_piece(qs_ptr, row, unit * 2, K)
+        w1 = load_piece(qs_ptr, row, unit * 2 + 1, K)
+        d = load_half(d_ptr, row, unit, K // 32)
+        sums = add_group(
+            sums, w0, w1, d, d, unit, live, xq_ptr, xs_ptr, xsum_ptr,
+            K, M, PLANES, True, False, EVEN_K,
+        )  # fmt: skip
+    store_rows(y_ptr, sums, start, N, M, RL, R)
+
+
+@triton_op("gemma4::q8_0_matvec", mutates_args={})
+def q8_0_matvec(
+    xq: Tensor,
+    xs: Tensor,
+    xsum: Tensor,
+    qs: Tensor,
+    d: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """xq, xs, xsum: activations [M, K], M <= 8; planes of a Q8_0 weight [N, K]. Returns [M, N]."""
+    return packed_matvec(q8_0_matvec_kernel, "q8_0", (xq, xs, xsum), (qs, d), out_dtype)
+
+
+@q8_0_matvec.register_fake
+def _(
+    xq: Tensor,
+    xs: Tensor,
+    xsum: Tensor,
+    qs: Tensor,
+    d: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    return packed_matvec_fake("q8_0", (xq, xs, xsum), (qs, d), out_dtype)
