@@ -105,16 +105,6 @@ def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, input_pos: Tenso
 
 
 @triton.jit
-def _key_range(input_pos_ptr, T: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First position of the T tokens, first key, end of keys, keys of one split (a multiple of BLOCK_N)."""
-    first = tl.load(input_pos_ptr).to(tl.int32)
-    end = first + T
-    begin = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else 0
-    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N
-    return first, begin, end, share
-
-
-@triton.jit
 def _decode_split_kernel(
     q_ptr,  # [B, Hkv * GROUP, T, D]
     k_ptr,  # [B, Hkv, L, D]
@@ -133,11 +123,11 @@ def _decode_split_kernel(
     stride_vh,
     stride_vl,
     scale_log2,
-    cache_len,
-    kv_heads,
     T: tl.constexpr,
     GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
+    RING: tl.constexpr,  # L where positions may exceed it, else 0
     SPLITS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -145,18 +135,24 @@ def _decode_split_kernel(
     NUM_STAGES: tl.constexpr,
 ):
     ROWS: tl.constexpr = GROUP * T
-    row_tiles = tl.cdiv(ROWS, BLOCK_R)
-    head_index = (tl.program_id(0) // row_tiles).to(tl.int64)  # over B * Hkv
-    batch, head = head_index // kv_heads, head_index % kv_heads
-    split = tl.program_id(1)
-    first, begin, end, share = _key_range(input_pos_ptr, T, WINDOW, SPLITS, BLOCK_N)
-    begin += split * share
+    ROW_TILES: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
+    head_index = tl.program_id(0) // ROW_TILES  # over B * Hkv
+    batch, head = (head_index // KV_HEADS).to(tl.int64), (head_index % KV_HEADS).to(tl.int64)
+    rows = (tl.program_id(0) % ROW_TILES) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = rows < ROWS
+    out_rows = (head_index * SPLITS + tl.program_id(1)).to(tl.int64) * ROWS + rows
+
+    first = tl.load(input_pos_ptr).to(tl.int32)
+    end = first + T
+    begin = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else 0
+    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N  # keys of one split
+    begin += tl.program_id(1) * share
     if begin >= end:
+        tl.store(max_ptr + out_rows, float("-inf"), mask=row_mask)
+        tl.store(sum_ptr + out_rows, 0.0, mask=row_mask)
         return
     end = tl.minimum(begin + share, end)
 
-    rows = (tl.program_id(0) % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_mask = rows < ROWS
     row_pos = first + rows % T
     offs_d = tl.arange(0, D)
     offs_n = tl.arange(0, BLOCK_N)
@@ -165,15 +161,14 @@ def _decode_split_kernel(
     k_base = k_ptr + batch * stride_kb + head * stride_kh
     v_base = v_ptr + batch * stride_vb + head * stride_vh
 
-    slot_n = offs_n % cache_len
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # a compiler may hand it over as float64
     acc = tl.zeros([BLOCK_R, D], tl.float32)
     row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_R], tl.float32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
         key_pos = start + offs_n
         key_mask = key_pos < end
-        slots = start % cache_len + slot_n
-        slots = tl.where(slots >= cache_len, slots - cache_len, slots).to(tl.int64)
+        slots = (key_pos % RING if RING > 0 else key_pos).to(tl.int64)
         k = tl.load(k_base + slots[:, None] * stride_kl + offs_d[None, :], mask=key_mask[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         seen = key_mask[None, :] & (key_pos[None, :] <= row_pos[:, None])
@@ -189,7 +184,6 @@ def _decode_split_kernel(
         v = tl.load(v_base + slots[:, None] * stride_vl + offs_d[None, :], mask=key_mask[:, None], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
-    out_rows = (head_index * SPLITS + split) * ROWS + rows
     tl.store(acc_ptr + out_rows[:, None] * D + offs_d[None, :], acc, mask=row_mask[:, None])
     tl.store(max_ptr + out_rows, row_max, mask=row_mask)
     tl.store(sum_ptr + out_rows, row_sum, mask=row_mask)
@@ -197,32 +191,28 @@ def _decode_split_kernel(
 
 @triton.jit
 def _decode_combine_kernel(
-    acc_ptr,  # [B, Hkv, SPLITS, ROWS, D] float32
-    max_ptr,  # [B, Hkv, SPLITS, ROWS] float32
+    acc_ptr,  # [B, Hkv, SPLITS, ROWS, D] float32, not written where the split had no keys
+    max_ptr,  # [B, Hkv, SPLITS, ROWS] float32, -inf where the split had no keys
     sum_ptr,  # [B, Hkv, SPLITS, ROWS] float32
-    input_pos_ptr,  # [T] int64
     out_ptr,  # [B, Hq, T, D] contiguous = [B, Hkv, ROWS, D]
-    T: tl.constexpr,
     ROWS: tl.constexpr,
-    WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    _, begin, end, share = _key_range(input_pos_ptr, T, WINDOW, SPLITS, BLOCK_N)
-    out_row = tl.program_id(0).to(tl.int64)
+    out_row = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     splits = tl.arange(0, SPLITS_PADDED)
-    used = splits < tl.cdiv(end - begin, share)
-    part_rows = (out_row // ROWS * SPLITS + splits) * ROWS + out_row % ROWS
-    part_max = tl.load(max_ptr + part_rows, mask=used, other=float("-inf"))
-    part_sum = tl.load(sum_ptr + part_rows, mask=used, other=0.0)
-    acc = tl.load(acc_ptr + part_rows[:, None] * D + offs_d[None, :], mask=used[:, None], other=0.0)
+    mask = splits < SPLITS
+    part_rows = (out_row // ROWS * SPLITS + splits).to(tl.int64) * ROWS + out_row % ROWS
+    part_max = tl.load(max_ptr + part_rows, mask=mask, other=float("-inf"))
+    part_sum = tl.load(sum_ptr + part_rows, mask=mask, other=0.0)
+    acc = tl.load(acc_ptr + part_rows[:, None] * D + offs_d[None, :], mask=mask[:, None], other=0.0)
     weight = tl.exp2(part_max - tl.max(part_max, 0))
-    out = tl.sum(acc * weight[:, None], 0) / tl.sum(part_sum * weight, 0)
-    tl.store(out_ptr + out_row * D + offs_d, out.to(out_ptr.dtype.element_ty))
+    weighted = tl.where(weight[:, None] > 0.0, acc * weight[:, None], 0.0)
+    out = tl.sum(weighted, 0) / tl.sum(part_sum * weight, 0)
+    tl.store(out_ptr + out_row.to(tl.int64) * D + offs_d, out.to(out_ptr.dtype.element_ty))
 
 
 # ----------------------------------------------------------------------------------------------------------- op
@@ -307,11 +297,11 @@ def decode_attention_launch(
         stride_vh=v.stride(1),
         stride_vl=v.stride(2),
         scale_log2=scale * LOG2_E,
-        cache_len=length,
-        kv_heads=kv_heads,
         T=tokens,
         GROUP=q_heads // kv_heads,
+        KV_HEADS=kv_heads,
         WINDOW=window,
+        RING=length if window > 0 else 0,
         SPLITS=splits,
         D=head_dim,
         BLOCK_R=config.block_r,
@@ -324,15 +314,11 @@ def decode_attention_launch(
         acc_ptr=acc,
         max_ptr=row_max,
         sum_ptr=row_sum,
-        input_pos_ptr=input_pos,
         out_ptr=out,
-        T=tokens,
         ROWS=rows,
-        WINDOW=window,
         SPLITS=splits,
         SPLITS_PADDED=triton.next_power_of_2(splits),
         D=head_dim,
-        BLOCK_N=config.block_n,
         BLOCK_D=block_d,
         num_warps=4,
     )

@@ -116,8 +116,8 @@ def _prefill_attention_kernel(
     scale_log2,
     tokens,
     cache_len,
-    kv_heads,
     GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     TILES_WRAP: tl.constexpr,  # whether a tile of keys may reach over the end of the ring
     D: tl.constexpr,
@@ -127,8 +127,8 @@ def _prefill_attention_kernel(
     NUM_STAGES: tl.constexpr,
 ):
     V_PARTS: tl.constexpr = D // BLOCK_DV
-    head_index = tl.program_id(1).to(tl.int64)  # over B * Hkv
-    batch, head = head_index // kv_heads, head_index % kv_heads
+    head_index = tl.program_id(1)  # over B * Hkv
+    batch, head = (head_index // KV_HEADS).to(tl.int64), (head_index % KV_HEADS).to(tl.int64)
     row_tile = tl.num_programs(0) // V_PARTS - 1 - tl.program_id(0) // V_PARTS  # the longest loops start first
     first_row = row_tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -145,6 +145,7 @@ def _prefill_attention_kernel(
     q_head = head * GROUP + rows % GROUP
     q_rows = batch * stride_qb + q_head * stride_qh + row_token.to(tl.int64) * stride_qt
     q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # a compiler may hand it over as float64
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -188,7 +189,7 @@ def _prefill_attention_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
     out = acc / row_sum[:, None]
-    out_rows = ((batch * kv_heads * GROUP + q_head) * tokens + row_token) * D
+    out_rows = ((batch * KV_HEADS * GROUP + q_head) * tokens + row_token) * D
     tl.store(out_ptr + out_rows[:, None] + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
 
 
@@ -255,8 +256,8 @@ def prefill_attention_launch(
         scale_log2=scale * LOG2_E,
         tokens=tokens,
         cache_len=length,
-        kv_heads=kv_heads,
         GROUP=group,
+        KV_HEADS=kv_heads,
         WINDOW=window,
         TILES_WRAP=window > 0 and length % config.block_n != 0,
         D=head_dim,

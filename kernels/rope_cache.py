@@ -127,6 +127,7 @@ def _qk_norm_rope_kernel(
     position = tl.load(input_pos_ptr + token)
     row = position % cache_len if INTO_CACHE else token
     offs = tl.arange(0, HALF)
+    eps = tl.cast(eps, tl.float32)  # a compiler may hand it over as float64
     angle = position.to(tl.float64) * tl.load(inv_freq_ptr + offs).to(tl.float64)
     angle = (angle - TWO_PI * tl.floor(angle / TWO_PI + 0.5)).to(tl.float32)
     cos, sin = tl.cos(angle), tl.sin(angle)

@@ -155,5 +155,5 @@ def test_gpu(case: RopeCase, dtype: torch.dtype) -> None:
     )
     slots = x.input_pos % 2048
     for cached, out in zip((q, k_cache[:, :, slots], v_cache[:, :, slots]), outs, strict=True):
-        assert torch.equal(cached, out)
+        assert relative_error(cached, out) < tolerance
     assert int((k_cache != 0).any(-1).sum()) == case.kv_heads * case.tokens

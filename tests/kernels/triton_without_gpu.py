@@ -20,7 +20,15 @@ from triton.runtime import interpreter
 SHARED_LIMITS = {80: 166912, 90: 232448, 120: 101376}
 """Bytes of shared memory that one program may use, by compute capability (CUDA programming guide)."""
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int8: "*i8"}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
 
 
 def allow_loops_over_tensors() -> None:
