@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gemma4.quant.errors import MissingTensorError, UnexpectedTensorError
+from gemma4.quant.errors import MissingTensorError, ShapeError, UnexpectedTensorError
 from gemma4.quant.formats import container_for
 from gemma4.quant.ggml_types import row_bytes
 from gemma4.quant.gguf_file import GGUFFile
@@ -23,6 +23,7 @@ from gemma4.quant.linear import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
 
 SLICE_BYTES = 32 << 20
+CPU_SLICE_BYTES = 1 << 20  # so small that its temporaries stay in malloc's pool and in the cache
 GPU_WORKERS = 6
 
 
@@ -71,15 +72,16 @@ def load_weights(
 ) -> None:
     """Fills every weight of `model` from `file`. progress: called with the number of file bytes just loaded.
 
-    Raises UnexpectedTensorError or MissingTensorError where plan and model do not match.
+    Raises UnexpectedTensorError, MissingTensorError or ShapeError where plan and model do not match.
     """
     modules = dict(model.named_modules())
     slices: list[_Slice] = []
     for entry in plan.entries:
         weight = modules.get(entry.target)
         if isinstance(weight, PackedWeight):
+            _check_match(entry, (weight.ggml_type, weight.shape), (entry.type, entry.shape), file)
             weight.allocate(device)
-            slices += _slices(entry, weight)
+            slices += _slices(entry, weight, SLICE_BYTES if device.type == "cuda" else CPU_SLICE_BYTES)
         else:
             _load_vector(model, entry, file, device)
             progress(entry.file_bytes)
@@ -94,8 +96,13 @@ def load_weights(
         raise MissingTensorError(f"the plan leaves weights unfilled: {', '.join(unfilled)}", field=unfilled[0])
 
 
-def _slices(entry: LoadEntry, weight: PackedWeight) -> Iterator[_Slice]:
-    rows_at_once = max(1, SLICE_BYTES // row_bytes(entry.file_type, entry.shape[-1]))
+def _check_match(entry: LoadEntry, found: object, expected: object, file: GGUFFile) -> None:
+    if found != expected:
+        raise ShapeError(f"found {found} in the model, {expected} in the plan", path=file.path, field=entry.target)
+
+
+def _slices(entry: LoadEntry, weight: PackedWeight, slice_bytes: int) -> Iterator[_Slice]:
+    rows_at_once = max(1, slice_bytes // row_bytes(entry.file_type, entry.shape[-1]))
     for part in entry.parts:
         for row in range(0, part.stop - part.start, rows_at_once):
             rows = min(rows_at_once, part.stop - part.start - row)
@@ -109,7 +116,7 @@ def _load_vector(model: nn.Module, entry: LoadEntry, file: GGUFFile, device: tor
         found = owner.get_parameter(name)
     except AttributeError as error:
         raise UnexpectedTensorError("the model has no such weight", path=file.path, field=entry.target) from error
-    assert found.shape == entry.shape, f"{entry.target}: {found.shape} in the model, {entry.shape} in the plan"
+    _check_match(entry, tuple(found.shape), entry.shape, file)
     blocks = torch.frombuffer(file.data(entry.parts[0].source), dtype=torch.uint8).view(1, -1)
     values = container_for(entry.file_type).from_blocks(blocks, entry.shape[0]).dequantize()[0]
     setattr(owner, name, nn.Parameter(values.to(device), requires_grad=False))
