@@ -48,7 +48,9 @@ def prefill(
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
-    """Raises ContextError where prompt and new tokens do not fit."""
+    """Raises ContextError where prompt and new tokens do not fit, ValueError for a negative number of them."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: found {max_new_tokens}, expected at least 0")
     needed = prompt_tokens + max_new_tokens
     if needed > max_seq_len:
         raise ContextError(
