@@ -53,7 +53,7 @@ class Gemma4:
         self.metadata = metadata
         self.path = path
         self.max_seq_len = max_seq_len
-        self.sampling = SamplingParams.from_metadata(metadata)
+        self.sampling = SamplingParams.from_metadata(metadata, path)
         self._idle_loop: DecodeLoop | None = None
 
     @classmethod
@@ -76,18 +76,18 @@ class Gemma4:
         Raises a Gemma4Error that names the file and what is wrong with it.
         """
         device, dtype = _placement(device, dtype)
-        file = GGUFFile.open(path)
-        config = Gemma4Config.from_gguf(file)
-        plan = plan_load(file, config, fuse=fuse)
-        for fusion in plan.fusions:
-            logger.info("%s", fusion)
-        if dequantize:
-            plan = plan.dense(_DENSE_TYPES[dtype])
-        max_seq_len = min(max_seq_len, config.context_length)
-        model = TextModel(config, plan, dtype, device)
-        with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
-            load_weights(model, plan, file, device, progress)
-        return cls(model.eval(), plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
+        with GGUFFile.open(path) as file:
+            config = Gemma4Config.from_gguf(file)
+            plan = plan_load(file, config, fuse=fuse)
+            for fusion in plan.fusions:
+                logger.info("%s", fusion)
+            if dequantize:
+                plan = plan.dense(_DENSE_TYPES[dtype])
+            model = TextModel(config, plan, dtype, device)
+            with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
+                load_weights(model, plan, file, device, progress)
+            max_seq_len = min(max_seq_len, config.context_length)
+            return cls(model.eval(), plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
 
     @classmethod
     def from_packed(

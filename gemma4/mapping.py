@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from gemma4.config import Gemma4Config
 from gemma4.quant.ggml_types import GGMLType
-from gemma4.quant.plan import LoadPlan, make_plan
+from gemma4.quant.plan import LOADABLE_TYPES, LoadPlan, make_plan
 from gemma4.quant.transforms import concat_rows, read_by_config, register_transforms, rename, transforms_for
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ _LAYER_NAMES: Final = {
     "layer_output_scale.weight": "layer_scalar",
 }
 
+_PACKED: Final = LOADABLE_TYPES - {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
+
 _TEXT_MODEL: Final = (
     concat_rows(
         "blk.{layer}.ffn_gate.weight",
@@ -45,6 +47,24 @@ _TEXT_MODEL: Final = (
         target="layers.{layer}.mlp.gate_up_proj.weight",
         types=frozenset({GGMLType.Q4_K}),
         label="gate+up",
+        scope="MLP",
+    ),
+    concat_rows(
+        "blk.{layer}.attn_q.weight",
+        "blk.{layer}.attn_k.weight",
+        "blk.{layer}.attn_v.weight",
+        target="layers.{layer}.self_attn.qkv_proj.weight",
+        types=_PACKED,
+        label="q+k+v",
+        scope="attention",
+    ),
+    concat_rows(
+        "blk.{layer}.attn_q.weight",
+        "blk.{layer}.attn_k.weight",
+        target="layers.{layer}.self_attn.qk_proj.weight",
+        types=_PACKED,
+        label="q+k",
+        scope="other attention",
     ),
     read_by_config("rope_freqs.weight"),
     *(rename(source, target) for source, target in _GLOBAL_NAMES.items()),

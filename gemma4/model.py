@@ -76,23 +76,37 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised q and k; K = V layers have no v_proj and take V from the raw keys."""
+    """Grouped-query attention with normalised q and k; K = V layers have no v_proj and take V from the raw keys.
+
+    q, k and v, or q and k, are one matrix where the plan fuses them.
+    """
 
     def __init__(self, config: Gemma4Config, layer: LayerConfig, weights: Weights, dtype: torch.dtype) -> None:
         super().__init__()
         self.scale = config.query_scale
         self.has_v_norm = config.has_v_norm
-        self.q_proj = weights.linear("q_proj", dtype)
-        self.k_proj = weights.linear("k_proj", dtype)
-        self.v_proj = None if layer.k_eq_v else weights.linear("v_proj", dtype)
+        kv_size = layer.num_key_value_heads * layer.head_dim
+        self.sizes = {"q": layer.num_attention_heads * layer.head_dim, "k": kv_size, "v": kv_size}
+        fused = next((name for name in ("qkv_proj", "qk_proj") if weights.has(name)), None)
+        names = [fused] if fused else ["q_proj", "k_proj"]
+        if fused != "qkv_proj" and not layer.k_eq_v:
+            names.append("v_proj")
+        self.projections = tuple(names)
+        for name in self.projections:
+            self.add_module(name, weights.linear(name, dtype))
         self.q_norm = weights.norm("q_norm", config.rms_norm_eps)
         self.k_norm = weights.norm("k_norm", config.rms_norm_eps)
         self.o_proj = weights.linear("o_proj")
 
     def forward(self, x: Rows, make: RowMaker, input_pos: Tensor, inv_freq: Tensor, cache: LayerCache) -> Tensor:
-        v = None if self.v_proj is None else self.v_proj(x)
+        projected: dict[str, Tensor] = {}
+        for name in self.projections:
+            parts = name.removesuffix("_proj")
+            rows = self.get_submodule(name)(x).split([self.sizes[part] for part in parts], dim=-1)
+            projected |= zip(parts, rows, strict=True)
         rope = HeadTransform(self.q_norm.weight, self.k_norm.weight, inv_freq, self.q_norm.eps, self.has_v_norm)
-        heads = cache.attend(self.q_proj(x), self.k_proj(x), v, rope, input_pos, self.scale)  # [1, heads, T, D]
+        q, k, v = projected["q"], projected["k"], projected.get("v")
+        heads = cache.attend(q, k, v, rope, input_pos, self.scale)  # [1, heads, T, D]
         out: Tensor = self.o_proj(make.plain(heads[0].transpose(0, 1).flatten(1)))
         return out
 
@@ -167,4 +181,4 @@ class TextModel(nn.Module):
             h, x = make.residual_normed(h, y, layer.post_feedforward_layernorm, layer.layer_scalar, next_norm)
         logits: Tensor = self.lm_head(x).float()
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gemma4.kernels.activations import quantize_activations
-from gemma4.kernels.fused_norm import residual_norm_quantize, rms_norm, rms_norm_quantize
-from gemma4.kernels.gelu_mul import gelu_mul_quantize, gelu_mul_reference
+from gemma4.kernels.fused_norm import residual_norm, residual_norm_quantize, rms_norm, rms_norm_quantize
+from gemma4.kernels.gelu_mul import gelu_mul, gelu_mul_quantize
 from gemma4.quant.linear import Rows
 
 
@@ -54,17 +54,16 @@ class DenseRows:
         return (x,)
 
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
-        return (rms_norm(h, norm.weight, norm.eps).to(self.dtype),)
+        return (rms_norm(h, norm.weight, norm.eps, self.dtype),)
 
     def residual_normed(
         self, h: Tensor, y: Tensor, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm
     ) -> tuple[Tensor, Rows]:
-        h = h + rms_norm(y, post_norm.weight, post_norm.eps)
-        h = h if scale is None else h * scale
-        return h, self.normed(h, norm)
+        h, x = residual_norm(h, y, post_norm.weight, scale, norm.weight, norm.eps, self.dtype)
+        return h, (x,)
 
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
-        return (gelu_mul_reference(gate, up),)
+        return (gelu_mul(gate, up),)
 
 
 class PackedRows:

@@ -22,7 +22,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-__all__ = ["dequantize_activations", "quantize_activations", "quantize_activations_reference"]
+from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
+
+__all__ = [
+    "dequantize_activations",
+    "empty_activations",
+    "quantize_activations",
+    "quantize_activations_reference",
+    "store_quantized",
+]
 
 GROUP = 32
 UNIT = 64
@@ -107,11 +115,13 @@ def quantize_activations_kernel(
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     live = group < K // 32
     at = group[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    await_inputs(PDL)
     x = tl.load(x_ptr + row * K + at, mask=live[:, None, None], other=0.0).to(tl.float32)
     UNITS: tl.constexpr = (K + 63) // 64
     store_quantized(
@@ -130,17 +140,34 @@ def _check(x: Tensor, planes: int) -> None:
         raise ValueError(f"quantize_activations: x must be bfloat16 or float32, got {x.dtype}")
 
 
+def empty_activations(x: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten planes, scales and sums for rows like x [M, K]."""
+    m, k = x.shape
+    return (
+        x.new_empty((planes, m, 4, triton.cdiv(k, UNIT), 16), dtype=torch.int8),
+        x.new_empty((m, k // GROUP), dtype=torch.float32),
+        x.new_empty((m, k // (GROUP // 2)), dtype=torch.float32),
+    )
+
+
 def launch_quantize_activations(x: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel on x [M, K]; on CPU tensors only where Triton interprets."""
     _check(x, planes)
     x = x.contiguous()
     m, k = x.shape
-    xq = x.new_empty((planes, m, 4, triton.cdiv(k, UNIT), 16), dtype=torch.int8)
-    xs = x.new_empty((m, k // GROUP), dtype=torch.float32)
-    xsum = x.new_empty((m, k // (GROUP // 2)), dtype=torch.float32)
+    xq, xs, xsum = empty_activations(x, planes)
     grid = (triton.cdiv(k, UNIT * BLOCK_GROUPS // 2), m)
     wrap_triton(quantize_activations_kernel)[grid](
-        x_ptr=x, xq_ptr=xq, xs_ptr=xs, xsum_ptr=xsum, M=m, K=k, PLANES=planes, BLOCK_GROUPS=BLOCK_GROUPS
+        x_ptr=x,
+        xq_ptr=xq,
+        xs_ptr=xs,
+        xsum_ptr=xsum,
+        M=m,
+        K=k,
+        PLANES=planes,
+        BLOCK_GROUPS=BLOCK_GROUPS,
+        num_warps=4,
+        **dependent_launch_options(x.device),
     )
     return xq, xs, xsum
 
@@ -160,9 +187,4 @@ def quantize_activations(x: Tensor, planes: int = 2) -> tuple[Tensor, Tensor, Te
 @quantize_activations.register_fake
 def _(x: Tensor, planes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, planes)
-    m, k = x.shape
-    return (
-        x.new_empty((planes, m, 4, triton.cdiv(k, UNIT), 16), dtype=torch.int8),
-        x.new_empty((m, k // GROUP), dtype=torch.float32),
-        x.new_empty((m, k // (GROUP // 2)), dtype=torch.float32),
-    )
+    return empty_activations(x, planes)

@@ -1,4 +1,4 @@
-"""gelu_tanh(gate) * up, emitted as int8 activations for the packed matvec of the down projection.
+"""gelu_tanh(gate) * up as dense rows, or as int8 activations for the packed matvec of the down projection.
 
 gelu_tanh(x) = x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)), the tanh approximation of GELU (arXiv 1606.08415),
 in float32. gate and up are rows [M, K], strided where they are halves of one fused product.
@@ -12,9 +12,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gemma4.kernels.activations import GROUP, UNIT, quantize_activations_reference, store_quantized
+from gemma4.kernels.activations import (
+    GROUP,
+    UNIT,
+    empty_activations,
+    quantize_activations_reference,
+    store_quantized,
+)
+from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
-__all__ = ["gelu_mul_quantize", "gelu_mul_reference"]
+__all__ = ["gelu_mul", "gelu_mul_quantize", "gelu_mul_reference"]
 
 BLOCK_GROUPS = 16
 """Groups handled by one program."""
@@ -26,17 +33,18 @@ def gelu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def gelu_mul_quantize_kernel(
+def gelu_mul_kernel(
     gate_ptr,  # [M, K], row stride stride_m
     up_ptr,  # [M, K], row stride stride_m
-    xq_ptr,  # [PLANES, M, 4, ceil(K/64), 16] int8
-    xs_ptr,  # [M, K//32] float32
-    xsum_ptr,  # [M, K//16] float32
+    x_ptr,  # [M, K], or with PLANES [PLANES, M, 4, ceil(K/64), 16] int8
+    xs_ptr,  # [M, K//32] float32, written only with PLANES
+    xsum_ptr,  # [M, K//16] float32, written only with PLANES
     M,
     stride_m,
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     UNITS: tl.constexpr = (K + 63) // 64
     row = tl.program_id(1).to(tl.int64)
@@ -44,64 +52,76 @@ def gelu_mul_quantize_kernel(
     live = group < K // 32
     at = group[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     inside = live[:, None, None]
+    await_inputs(PDL)
     gate = tl.load(gate_ptr + row * stride_m + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_m + at, mask=inside, other=0.0).to(tl.float32)
     x = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-    store_quantized(
-        x, group, live,
-        xq_ptr + row * (UNITS * 64), M * (UNITS * 64), xs_ptr + row * (K // 32), xsum_ptr + row * (K // 16),
-        K, PLANES,
-    )  # fmt: skip
+    if PLANES == 0:
+        tl.store(x_ptr + row * K + at, x.to(x_ptr.dtype.element_ty), mask=inside)
+    else:
+        store_quantized(
+            x, group, live,
+            x_ptr + row * (UNITS * 64), M * (UNITS * 64), xs_ptr + row * (K // 32), xsum_ptr + row * (K // 16),
+            K, PLANES,
+        )  # fmt: skip
 
 
-def _check(gate: Tensor, up: Tensor, planes: int) -> None:
-    if planes not in (1, 2):
-        raise ValueError(f"gelu_mul_quantize: planes must be 1 or 2, got {planes}")
+def _check(name: str, gate: Tensor, up: Tensor) -> None:
     if gate.dim() != 2 or gate.shape[1] == 0 or gate.shape[1] % GROUP:
-        raise ValueError(f"gelu_mul_quantize: gate must be [M, K] with K a multiple of 32, got {list(gate.shape)}")
+        raise ValueError(f"{name}: gate must be [M, K] with K a multiple of 32, got {list(gate.shape)}")
     if up.shape != gate.shape or up.stride() != gate.stride() or gate.stride(1) != 1 or up.dtype != gate.dtype:
         found = f"{list(up.shape)}, strides {up.stride()} and {gate.stride()}"
-        raise ValueError(f"gelu_mul_quantize: gate and up must agree in dtype, shape and row stride, got {found}")
+        raise ValueError(f"{name}: gate and up must agree in dtype, shape and row stride, got {found}")
 
 
-def _empty_outputs(gate: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:
+def launch_gelu_mul(gate: Tensor, up: Tensor, out: tuple[Tensor, ...]) -> None:
+    """Run the kernel; on CPU tensors only where Triton interprets. Fills `out`: dense rows, or activations."""
     m, k = gate.shape
-    return (
-        gate.new_empty((planes, m, 4, triton.cdiv(k, UNIT), 16), dtype=torch.int8),
-        gate.new_empty((m, k // GROUP), dtype=torch.float32),
-        gate.new_empty((m, k // (GROUP // 2)), dtype=torch.float32),
-    )
-
-
-def launch_gelu_mul_quantize(gate: Tensor, up: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kernel; on CPU tensors only where Triton interprets."""
-    m, k = gate.shape
-    xq, xs, xsum = _empty_outputs(gate, planes)
-    wrap_triton(gelu_mul_quantize_kernel)[(triton.cdiv(k, UNIT * BLOCK_GROUPS // 2), m)](
+    wrap_triton(gelu_mul_kernel)[(triton.cdiv(k, UNIT * BLOCK_GROUPS // 2), m)](
         gate_ptr=gate,
         up_ptr=up,
-        xq_ptr=xq,
-        xs_ptr=xs,
-        xsum_ptr=xsum,
+        x_ptr=out[0],
+        xs_ptr=out[1] if len(out) > 1 else out[0],
+        xsum_ptr=out[2] if len(out) > 1 else out[0],
         M=m,
         stride_m=gate.stride(0),
         K=k,
-        PLANES=planes,
+        PLANES=out[0].shape[0] if len(out) > 1 else 0,
         BLOCK=BLOCK_GROUPS,
         num_warps=4,
+        **dependent_launch_options(gate.device),
     )
-    return xq, xs, xsum
+
+
+@triton_op("gemma4::gelu_mul", mutates_args={})
+def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up: [M, K] with one row stride. Returns gelu(gate) * up, [M, K] in their dtype."""
+    _check("gelu_mul", gate, up)
+    if gate.device.type == "cpu":
+        return gelu_mul_reference(gate, up)
+    out = gate.new_empty(gate.shape)
+    launch_gelu_mul(gate, up, (out,))
+    return out
+
+
+@gelu_mul.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
 
 
 @triton_op("gemma4::gelu_mul_quantize", mutates_args={})
 def gelu_mul_quantize(gate: Tensor, up: Tensor, planes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """gate, up: [M, K] with one row stride. Returns what `quantize_activations` returns for gelu(gate) * up."""
-    _check(gate, up, planes)
+    _check("gelu_mul_quantize", gate, up)
+    if planes not in (1, 2):
+        raise ValueError(f"gelu_mul_quantize: planes must be 1 or 2, got {planes}")
     if gate.device.type == "cpu":
         return quantize_activations_reference(gelu_mul_reference(gate.float(), up.float()), planes)
-    return launch_gelu_mul_quantize(gate, up, planes)
+    out = empty_activations(gate, planes)
+    launch_gelu_mul(gate, up, out)
+    return out
 
 
 @gelu_mul_quantize.register_fake
 def _(gate: Tensor, up: Tensor, planes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(gate, planes)
+    return empty_activations(gate, planes)

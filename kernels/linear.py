@@ -11,6 +11,7 @@ M is the number of rows of x. Where M is symbolic (an exported prefill), the dec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ __all__ = [
 ]
 
 SCRATCH_BYTES = 256 << 20
-"""Most bytes of decoded weights held at a time."""
+"""Most bytes of decoded weights held at a time, save for the smallest piece."""
+ALIGNED_ROWS = 128
+"""Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
 
 
 @triton_op("gemma4::q4_k_linear", mutates_args={})
@@ -95,13 +98,7 @@ def q4_1_linear(x: Tensor, qs: Tensor, dm: Tensor) -> Tensor:
 
 
 def _linear(name: str, kernel: Any, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
-    n, k = check_planes(PACKED_FORMATS[name], planes)
-    if x.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name}_linear: x must be bfloat16 or float32, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"{name}_linear: x must be [..., {k}], got {list(x.shape)}")
-    if x.device != planes[0].device:
-        raise ValueError(f"{name}_linear: x is on {x.device}, the weight on {planes[0].device}")
+    n, k = _check(name, x, planes)
     rows = x.reshape(-1, k)
     m = rows.shape[0]
     if x.device.type == "cuda" and x.dtype == torch.bfloat16 and guard_or_false(m <= MAX_ROWS) and m > 0:
@@ -111,12 +108,25 @@ def _linear(name: str, kernel: Any, x: Tensor, planes: tuple[Tensor, ...]) -> Te
     return y.reshape(*x.shape[:-1], n)
 
 
+def _check(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Return (N, K) of the weight."""
+    n, k = check_planes(PACKED_FORMATS[name], planes)
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name}_linear: x must be bfloat16 or float32, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"{name}_linear: x must be [..., {k}], got {list(x.shape)}")
+    if x.device != planes[0].device:
+        raise ValueError(f"{name}_linear: x is on {x.device}, the weight on {planes[0].device}")
+    return n, k
+
+
 def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
     """x: [M, K]. Returns [M, N], holding at most SCRATCH_BYTES of decoded weights at a time."""
     n, k = planes[0].shape[0], x.shape[1]
-    step = max(1, SCRATCH_BYTES // (x.element_size() * k))
-    if step >= n:
+    pieces = -(-n * k * x.element_size() // SCRATCH_BYTES)
+    if pieces == 1:
         return x @ dequantize_planes(name, planes, x.dtype).T
+    step = max(ALIGNED_ROWS, n // pieces // ALIGNED_ROWS * ALIGNED_ROWS)
     y = x.new_empty((x.shape[0], n))
     for start in range(0, n, step):
         part = tuple(plane[start : start + step] for plane in planes)
@@ -124,18 +134,22 @@ def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
     return y
 
 
-def _linear_fake(x: Tensor, qs: Tensor, *_: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], qs.shape[0])
+def _fake(name: str) -> Callable[..., Tensor]:
+    def linear(x: Tensor, *planes: Tensor) -> Tensor:
+        n, _ = _check(name, x, planes)
+        return x.new_empty(*x.shape[:-1], n)
+
+    return linear
 
 
-for _op in (
-    q4_k_linear,
-    q5_k_linear,
-    q6_k_linear,
-    q8_0_linear,
-    q5_0_linear,
-    q5_1_linear,
-    q4_0_linear,
-    q4_1_linear,
-):
-    _op.register_fake(_linear_fake)
+for _name, _op in {
+    "q4_k": q4_k_linear,
+    "q5_k": q5_k_linear,
+    "q6_k": q6_k_linear,
+    "q8_0": q8_0_linear,
+    "q5_0": q5_0_linear,
+    "q5_1": q5_1_linear,
+    "q4_0": q4_0_linear,
+    "q4_1": q4_1_linear,
+}.items():
+    _op.register_fake(_fake(_name))

@@ -68,16 +68,15 @@ class Fusion:
     """Where one fusing transform applied, by layer, and what kept it from the other layers."""
 
     label: str
+    scope: str
     fused: tuple[int, ...]
     left: tuple[tuple[int, str], ...]  # (layer, reason)
 
     def __str__(self) -> str:
         reasons = Counter(reason for _, reason in self.left)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        total = len(self.fused) + len(self.left)
-        return (
-            f"fused {self.label} on {len(self.fused)} of {total} MLP layers ({len(self.left)} left{why and ': ' + why})"
-        )
+        layers = f"{len(self.fused)} of {len(self.fused) + len(self.left)} {self.scope} layers"
+        return f"fused {self.label} on {layers} ({len(self.left)} left{why and ': ' + why})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,7 @@ def make_plan(
             target = transform.target.replace(LAYER, str(layer))
             entries.append(LoadEntry(target, first.type, first.type, shape, parts))
         if transform.label:
-            fusions.append(Fusion(transform.label, tuple(fused), tuple(left)))
+            fusions.append(Fusion(transform.label, transform.scope, tuple(fused), tuple(left)))
     _refuse(UnexpectedTensorError, unclaimed, "no transform of this architecture takes {}", path)
     duplicates = [target for target, count in Counter(e.target for e in entries).items() if count > 1]
     _refuse(UnexpectedTensorError, duplicates, "several transforms fill {}", path)

@@ -39,14 +39,15 @@ class Transform:
     """Matrices of one type and one K stacked below each other: rows of `sources[0]` first.
 
     sources: GGUF tensor names. target: name of the model weight, or None where the model's configuration already holds
-    the values. types: the storage types it applies to, None for all. label: what is fused, for the log. Vectors do not
-    stack: only a transform with one source takes them.
+    the values. types: the storage types it applies to, None for all. label, scope: what is fused and in which layers,
+    for the log. Vectors do not stack: only a transform with one source takes them.
     """
 
     sources: tuple[str, ...]
     target: str | None
     types: frozenset[GGMLType] | None = None
     label: str = ""
+    scope: str = ""
 
     def applies(self, sources: Sequence[TensorInfo]) -> bool:
         """Whether these tensors, all of `sources` in order, can be stacked as they are stored."""
@@ -74,9 +75,9 @@ def rename(source: str, target: str) -> Transform:
     return Transform((source,), target)
 
 
-def concat_rows(*sources: str, target: str, types: frozenset[GGMLType], label: str) -> Transform:
+def concat_rows(*sources: str, target: str, types: frozenset[GGMLType], label: str, scope: str) -> Transform:
     """Several matrices as one, for the listed storage types only."""
-    return Transform(sources, target, types, label)
+    return Transform(sources, target, types, label, scope)
 
 
 def read_by_config(source: str) -> Transform:

@@ -30,6 +30,7 @@ QKV = concat_rows(
     "blk.{layer}.v",
     target="layers.{layer}.qkv",
     types=frozenset({Q4_K, Q6_K}),
+    scope="attention",
     label="q+k+v",
 )
 
@@ -90,7 +91,9 @@ def test_what_may_be_stacked(shapes: list[tuple[int, ...]], kinds: list[GGMLType
 
 
 def test_transforms_are_values() -> None:
-    again = concat_rows(*QKV.sources, target=str(QKV.target), types=frozenset({Q6_K, Q4_K}), label="q+k+v")
+    again = concat_rows(
+        *QKV.sources, target=str(QKV.target), types=frozenset({Q6_K, Q4_K}), scope="attention", label="q+k+v"
+    )
     assert again == QKV
     assert hash(QKV) == hash(again)
     assert pickle.loads(pickle.dumps(QKV)) == QKV
@@ -145,7 +148,11 @@ def test_the_wildcard_is_the_layer_and_nothing_else() -> None:
 
 
 def test_a_source_without_layer_can_stand_beside_one_with() -> None:
-    using = (concat_rows("shared", "blk.{layer}.q", target="layers.{layer}.q", types=frozenset({Q4_K}), label=""),)
+    using = (
+        concat_rows(
+            "shared", "blk.{layer}.q", target="layers.{layer}.q", types=frozenset({Q4_K}), scope="attention", label=""
+        ),
+    )
     made = plan(tensor("shared", 8, 256), tensor("blk.1.q", 8, 256), using=using)
     assert made.entries[0].parts == (Part("shared", 0, 8), Part("blk.1.q", 8, 16))
 

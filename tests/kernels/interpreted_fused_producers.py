@@ -1,13 +1,13 @@
-"""The kernels that emit quantized activations, in the interpreter; run by test_fused_producers.py in its own process."""
+"""The kernels between matrix products, in the interpreter; run by test_fused_producers.py in its own process."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gemma4.kernels.activations import dequantize_activations
-from gemma4.kernels.fused_norm import launch_fused_norm, residual_norm_quantize_reference, rms_norm
-from gemma4.kernels.gelu_mul import gelu_mul_reference, launch_gelu_mul_quantize
+from gemma4.kernels.activations import dequantize_activations, empty_activations, quantize_activations_reference
+from gemma4.kernels.fused_norm import close_branch_reference, launch_fused_norm, rms_norm_reference
+from gemma4.kernels.gelu_mul import gelu_mul_reference, launch_gelu_mul
 from tests.kernels.attention_cases import poisoned_outputs, relative_error
 
 SIZES = [(1, 32), (1, 96), (3, 256), (8, 704), (2, 1536)]
@@ -23,10 +23,16 @@ def test_residual_norm(m: int, k: int, planes: int, has_scale: bool) -> None:
     post, weight = torch.rand(k) + 0.5, torch.rand(k) + 0.5
     scale = torch.tensor([0.4]) if has_scale else None
     with poisoned_outputs():
-        out, xq, xs, xsum = launch_fused_norm(h, y, post, scale, weight, 1e-6, planes)
-    h_ref, xq_ref, xs_ref, xsum_ref = residual_norm_quantize_reference(h, y, post, scale, weight, 1e-6, planes)
+        xq, xs, xsum = empty_activations(h, planes)
+        dense = torch.empty_like(h)
+        out = launch_fused_norm(h, y, post, scale, weight, 1e-6, (xq, xs, xsum))
+        same = launch_fused_norm(h, y, post, scale, weight, 1e-6, (dense,))
+    h_ref = close_branch_reference(h, y, post, scale, 1e-6)
     assert relative_error(out, h_ref) < 1e-6
-    exact = rms_norm(h_ref, weight, 1e-6)
+    assert torch.equal(same, out)
+    exact = rms_norm_reference(h_ref, weight, 1e-6)
+    assert relative_error(dense, exact) < 1e-6
+    xq_ref, xs_ref, xsum_ref = quantize_activations_reference(exact, planes)
     assert relative_error(dequantize_activations(xq, xs), exact) < TOLERANCE[planes]
     assert relative_error(dequantize_activations(xq, xs), dequantize_activations(xq_ref, xs_ref)) < TOLERANCE[planes]
     assert relative_error(xsum, xsum_ref) < SUM_TOLERANCE[planes]
@@ -36,9 +42,13 @@ def test_residual_norm(m: int, k: int, planes: int, has_scale: bool) -> None:
 def test_norm_alone(m: int, k: int) -> None:
     x, weight = torch.randn(m, k), torch.rand(k) + 0.5
     with poisoned_outputs():
-        same, xq, xs, xsum = launch_fused_norm(x, None, None, None, weight, 1e-6, 2)
+        xq, xs, xsum = empty_activations(x, 2)
+        dense = torch.empty_like(x)
+        same = launch_fused_norm(x, None, None, None, weight, 1e-6, (xq, xs, xsum))
+        launch_fused_norm(x, None, None, None, weight, 1e-6, (dense,))
     assert same is x
-    exact = rms_norm(x, weight, 1e-6)
+    exact = rms_norm_reference(x, weight, 1e-6)
+    assert relative_error(dense, exact) < 1e-6
     assert relative_error(dequantize_activations(xq, xs), exact) < 1e-4
     assert relative_error(xsum, exact.unflatten(1, (-1, 16)).sum(-1)) < SUM_TOLERANCE[2]
 
@@ -52,7 +62,11 @@ def test_gelu_mul(m: int, k: int, planes: int, is_fused: bool) -> None:
     if not is_fused:
         gate, up = gate.contiguous(), up.contiguous()
     with poisoned_outputs():
-        xq, xs, xsum = launch_gelu_mul_quantize(gate, up, planes)
+        xq, xs, xsum = empty_activations(gate, planes)
+        dense = torch.empty(gate.shape)
+        launch_gelu_mul(gate, up, (xq, xs, xsum))
+        launch_gelu_mul(gate, up, (dense,))
     exact = gelu_mul_reference(gate, up)
+    assert relative_error(dense, exact) < 1e-6
     assert relative_error(dequantize_activations(xq, xs), exact) < TOLERANCE[planes]
     assert relative_error(xsum, exact.unflatten(1, (-1, 16)).sum(-1)) < SUM_TOLERANCE[planes]
