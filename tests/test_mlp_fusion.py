@@ -1,0 +1,181 @@
+"""Gate and up projections as one matrix: the same numbers, and left alone where they cannot be joined."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gemma4 import Gemma4
+from gemma4.model import MLP, DecoderLayer
+from gemma4.rows import DenseRows, PackedRows, RowMaker
+from tests.kernels.triton_without_gpu import run_interpreted
+from tests.tiny_gguf import Model, gemma4
+
+HIDDEN, FFN, LAYERS = 512, 1536, 4
+TOKENS = [1, 4, 33]
+Pair = Callable[..., tuple[Gemma4, Gemma4]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def q4_k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All matrices Q4_K."""
+    return sized({"matrix": "Q4_K"}).write(tmp_path_factory.mktemp("q4_k") / "q4_k.gguf")
+
+
+def sized(types: dict[str, str]) -> Model:
+    return gemma4(types=types, layers=LAYERS, hidden=HIDDEN, ffn=FFN)
+
+
+def both(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Gemma4, Gemma4]:
+    """The model fused and not."""
+    fused, plain = (Gemma4.from_gguf(path, device=device, dtype=dtype, fuse=fuse) for fuse in (True, False))
+    return fused, plain
+
+
+def mlp_of(model: Gemma4, layer: int) -> MLP:
+    decoder = model.model.layers[layer]
+    assert isinstance(decoder, DecoderLayer)
+    return decoder.mlp
+
+
+def rows(tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """[T, HIDDEN] like the output of a norm."""
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
+
+
+@torch.inference_mode()
+def run(model: Gemma4, layer: int, x: Tensor, make: RowMaker | None = None) -> Tensor:
+    make = make or DenseRows(x.dtype)
+    return mlp_of(model, layer)(make.plain(x), make)
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Relative to the largest of b."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def dense_mlp(model: Model, layer: int, x: Tensor) -> Tensor:
+    """The MLP in float64 with the weights as gguf-py decodes them."""
+    gate, up, down = (
+        torch.from_numpy(
+            gguf.dequantize(model.encoded(name), gguf.GGMLQuantizationType[model.tensors[name].type])
+        ).double()
+        for name in (f"blk.{layer}.ffn_{role}.weight" for role in ("gate", "up", "down"))
+    )
+    x = x.double()
+    return (F.gelu(x @ gate.T, approximate="tanh") * (x @ up.T)) @ down.T
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_fused_equals_unfused(q4_k: Path, tokens: int) -> None:
+    fused, plain = both(q4_k)
+    x = rows(tokens)
+    for layer in range(LAYERS):
+        assert mlp_of(fused, layer).is_fused
+        assert not mlp_of(plain, layer).is_fused
+        expected = run(plain, layer, x)
+        assert expected.shape == (tokens, HIDDEN)
+        assert expected.abs().max() > 0.01
+        assert largest_difference(run(fused, layer, x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_fused_equals_unfused_on_quantized_rows(q4_k: Path, tokens: int) -> None:
+    fused, plain = both(q4_k)
+    expected = run(plain, 0, rows(tokens), PackedRows())
+    # A last bit of gate or up may round an activation of the second product to its neighbour, 2**-15 away.
+    assert largest_difference(run(fused, 0, rows(tokens), PackedRows()), expected) < 2e-5
+    assert largest_difference(expected, run(plain, 0, rows(tokens))) < 1e-4
+
+
+def test_fused_equals_unfused_in_the_matvec_kernel() -> None:
+    assert "2 passed" in run_interpreted(Path(__file__).with_name("interpreted_mlp_fusion.py"))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_fused_equals_exact_weights(q4_k: Path, tokens: int) -> None:
+    fused, _ = both(q4_k)
+    x = rows(tokens)
+    for layer in range(LAYERS):
+        expected = dense_mlp(sized({"matrix": "Q4_K"}), layer, x)
+        assert largest_difference(run(fused, layer, x), expected) < 1e-5
+
+
+def test_gate_comes_before_up(q4_k: Path) -> None:
+    fused, plain = both(q4_k)
+    joined = mlp_of(fused, 0).gate_up_proj.weight.tensor.dequantize()
+    for part, name in ((joined[:FFN], "gate_proj"), (joined[FFN:], "up_proj")):
+        assert torch.equal(part, mlp_of(plain, 0).get_submodule(name).weight.tensor.dequantize())
+    assert joined.shape == (2 * FFN, HIDDEN)
+
+
+PAIRS = {"blk.0": ("Q6_K", "Q6_K"), "blk.1": ("Q4_K", "Q6_K"), "blk.2": ("Q6_K", "Q4_K"), "blk.3": ("Q4_K", "Q4_K")}
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_other_pairs_are_left_alone_and_right(tmp_path: Path, tokens: int, caplog: pytest.LogCaptureFixture) -> None:
+    types = {"matrix": "Q4_K"}
+    for layer, (gate, up) in PAIRS.items():
+        types |= {f"{layer}.ffn_gate": gate, f"{layer}.ffn_up": up}
+    file = sized(types)
+    caplog.set_level(logging.INFO, logger="gemma4")
+    model = Gemma4.from_gguf(file.write(tmp_path / "mixed.gguf"), device="cpu")
+    assert [mlp_of(model, layer).is_fused for layer in range(LAYERS)] == [False, False, False, True]
+    line = "fused gate+up on 1 of 4 MLP layers (3 left: 1 Q6_K+Q6_K, 1 Q4_K+Q6_K, 1 Q6_K+Q4_K)"
+    assert line in caplog.messages
+    x = rows(tokens)
+    for layer in range(LAYERS):
+        assert largest_difference(run(model, layer, x), dense_mlp(file, layer, x)) < 1e-5, layer
+
+
+def test_the_log_counts_fused_layers(q4_k: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="gemma4")
+    Gemma4.from_gguf(q4_k, device="cpu")
+    assert "fused gate+up on 4 of 4 MLP layers (0 left)" in caplog.messages
+    caplog.clear()
+    Gemma4.from_gguf(q4_k, device="cpu", fuse=False)
+    assert "fused gate+up on 0 of 4 MLP layers (4 left: 4 because fusing is off)" in caplog.messages
+
+
+def test_whole_models_agree(q4_k: Path) -> None:
+    fused, plain = both(q4_k)
+    ids = list(range(5, 45))
+    assert largest_difference(fused.logits(ids), plain.logits(ids)) < 1e-6
+    assert fused.generate_ids(ids, 8) == plain.generate_ids(ids, 8)
+
+
+@pytest.mark.gpu
+def test_fused_equals_unfused_on_a_gpu(q4_k: Path) -> None:
+    fused, plain = both(q4_k, "cuda", torch.bfloat16)
+    for layer in range(LAYERS):
+        for tokens in (1, 4):
+            x = rows(tokens, "cuda", torch.bfloat16)
+            assert torch.equal(run(fused, layer, x, PackedRows()), run(plain, layer, x, PackedRows()))
+            assert torch.equal(run(fused, layer, x), run(plain, layer, x))
+        x = rows(33, "cuda", torch.bfloat16)
+        assert largest_difference(run(fused, layer, x).float(), run(plain, layer, x).float()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_gpu_agrees_with_exact_weights(q4_k: Path, tokens: int) -> None:
+    model, _ = both(q4_k, "cuda", torch.bfloat16)
+    x = rows(tokens, "cuda", torch.bfloat16)
+    expected = dense_mlp(sized({"matrix": "Q4_K"}), 0, x.float().cpu())
+    make = PackedRows() if tokens <= 8 else None
+    assert largest_difference(run(model, 0, x, make).float().cpu(), expected) < 2e-2
