@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ from torch.nn import functional as F
 
 from gemma4 import Gemma4
 from gemma4.model import MLP, DecoderLayer
+from gemma4.quant.gguf_file import GGUFFile
 from gemma4.rows import DenseRows, PackedRows, RowMaker
 from tests.kernels.triton_without_gpu import run_interpreted
 from tests.tiny_gguf import Model, gemma4
 
 HIDDEN, FFN, LAYERS = 512, 1536, 4
 TOKENS = [1, 4, 33]
-Pair = Callable[..., tuple[Gemma4, Gemma4]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,6 +36,15 @@ def one_thread() -> Iterator[None]:
 def q4_k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All matrices Q4_K."""
     return sized({"matrix": "Q4_K"}).write(tmp_path_factory.mktemp("q4_k") / "q4_k.gguf")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer each of Q6_K pairs, of both mixed pairs, and of Q4_K pairs."""
+    types = {"matrix": "Q4_K"}
+    for layer, (gate, up) in enumerate([("Q6_K", "Q6_K"), ("Q4_K", "Q6_K"), ("Q6_K", "Q4_K"), ("Q4_K", "Q4_K")]):
+        types |= {f"blk.{layer}.ffn_gate": gate, f"blk.{layer}.ffn_up": up}
+    return sized(types).write(tmp_path_factory.mktemp("mixed") / "mixed.gguf")
 
 
 def sized(types: dict[str, str]) -> Model:
@@ -69,14 +79,15 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def dense_mlp(model: Model, layer: int, x: Tensor) -> Tensor:
-    """The MLP in float64 with the weights as gguf-py decodes them."""
-    gate, up, down = (
-        torch.from_numpy(
-            gguf.dequantize(model.encoded(name), gguf.GGMLQuantizationType[model.tensors[name].type])
-        ).double()
-        for name in (f"blk.{layer}.ffn_{role}.weight" for role in ("gate", "up", "down"))
-    )
+def dense_mlp(path: Path, layer: int, x: Tensor) -> Tensor:
+    """The MLP in float64 with the weights of the file as gguf-py decodes them."""
+    weights = []
+    with GGUFFile.open(path) as file:
+        for role in ("gate", "up", "down"):
+            tensor = file.tensors[f"blk.{layer}.ffn_{role}.weight"]
+            blocks = np.frombuffer(file.data(tensor.name), np.uint8).reshape(tensor.shape[0], -1)
+            weights.append(torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType(tensor.type))).double())
+    gate, up, down = weights
     x = x.double()
     return (F.gelu(x @ gate.T, approximate="tanh") * (x @ up.T)) @ down.T
 
@@ -112,7 +123,7 @@ def test_fused_equals_exact_weights(q4_k: Path, tokens: int) -> None:
     fused, _ = both(q4_k)
     x = rows(tokens)
     for layer in range(LAYERS):
-        expected = dense_mlp(sized({"matrix": "Q4_K"}), layer, x)
+        expected = dense_mlp(q4_k, layer, x)
         assert largest_difference(run(fused, layer, x), expected) < 1e-5
 
 
@@ -124,27 +135,21 @@ def test_gate_comes_before_up(q4_k: Path) -> None:
     assert joined.shape == (2 * FFN, HIDDEN)
 
 
-PAIRS = {"blk.0": ("Q6_K", "Q6_K"), "blk.1": ("Q4_K", "Q6_K"), "blk.2": ("Q6_K", "Q4_K"), "blk.3": ("Q4_K", "Q4_K")}
-
-
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_other_pairs_are_left_alone_and_right(tmp_path: Path, tokens: int, caplog: pytest.LogCaptureFixture) -> None:
-    types = {"matrix": "Q4_K"}
-    for layer, (gate, up) in PAIRS.items():
-        types |= {f"{layer}.ffn_gate": gate, f"{layer}.ffn_up": up}
-    file = sized(types)
-    caplog.set_level(logging.INFO, logger="gemma4")
-    model = Gemma4.from_gguf(file.write(tmp_path / "mixed.gguf"), device="cpu")
+def test_other_pairs_are_left_alone_and_right(mixed: Path, tokens: int) -> None:
+    model = Gemma4.from_gguf(mixed, device="cpu")
     assert [mlp_of(model, layer).is_fused for layer in range(LAYERS)] == [False, False, False, True]
-    line = "fused gate+up on 1 of 4 MLP layers (3 left: 1 Q6_K+Q6_K, 1 Q4_K+Q6_K, 1 Q6_K+Q4_K)"
-    assert line in caplog.messages
     x = rows(tokens)
     for layer in range(LAYERS):
-        assert largest_difference(run(model, layer, x), dense_mlp(file, layer, x)) < 1e-5, layer
+        assert largest_difference(run(model, layer, x), dense_mlp(mixed, layer, x)) < 1e-5, layer
 
 
-def test_the_log_counts_fused_layers(q4_k: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_fused_layers(q4_k: Path, mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="gemma4")
+    Gemma4.from_gguf(mixed, device="cpu")
+    left = "1 Q6_K+Q6_K, 1 Q4_K+Q6_K, 1 Q6_K+Q4_K"
+    assert f"fused gate+up on 1 of 4 MLP layers (3 left: {left})" in caplog.messages
+    caplog.clear()
     Gemma4.from_gguf(q4_k, device="cpu")
     assert "fused gate+up on 4 of 4 MLP layers (0 left)" in caplog.messages
     caplog.clear()
@@ -176,6 +181,6 @@ def test_fused_equals_unfused_on_a_gpu(q4_k: Path) -> None:
 def test_a_gpu_agrees_with_exact_weights(q4_k: Path, tokens: int) -> None:
     model, _ = both(q4_k, "cuda", torch.bfloat16)
     x = rows(tokens, "cuda", torch.bfloat16)
-    expected = dense_mlp(sized({"matrix": "Q4_K"}), 0, x.float().cpu())
+    expected = dense_mlp(q4_k, 0, x.float().cpu())
     make = PackedRows() if tokens <= 8 else None
     assert largest_difference(run(model, 0, x, make).float().cpu(), expected) < 2e-2
