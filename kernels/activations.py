@@ -22,8 +22,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
-
 __all__ = [
     "dequantize_activations",
     "empty_activations",
@@ -115,13 +113,11 @@ def quantize_activations_kernel(
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     live = group < K // 32
     at = group[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
-    await_inputs(PDL)
     x = tl.load(x_ptr + row * K + at, mask=live[:, None, None], other=0.0).to(tl.float32)
     UNITS: tl.constexpr = (K + 63) // 64
     store_quantized(
@@ -167,7 +163,6 @@ def launch_quantize_activations(x: Tensor, planes: int) -> tuple[Tensor, Tensor,
         PLANES=planes,
         BLOCK_GROUPS=BLOCK_GROUPS,
         num_warps=4,
-        **dependent_launch_options(x.device),
     )
     return xq, xs, xsum
 

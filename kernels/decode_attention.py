@@ -25,8 +25,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
-
 MAX_TOKENS = 8  # rows of one tile stay few enough to live in registers
 LOG2_E = math.log2(math.e)
 COMBINE_BLOCK_D = 64
@@ -135,7 +133,6 @@ def _decode_split_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     ROWS: tl.constexpr = GROUP * T
     ROW_TILES: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
@@ -145,7 +142,6 @@ def _decode_split_kernel(
     row_mask = rows < ROWS
     out_rows = (head_index * SPLITS + tl.program_id(1)).to(tl.int64) * ROWS + rows
 
-    await_inputs(PDL)
     first = tl.load(input_pos_ptr).to(tl.int32)
     end = first + T
     begin = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else 0
@@ -204,14 +200,12 @@ def _decode_combine_kernel(
     SPLITS_PADDED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     out_row = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     splits = tl.arange(0, SPLITS_PADDED)
     mask = splits < SPLITS
     part_rows = (out_row // ROWS * SPLITS + splits).to(tl.int64) * ROWS + out_row % ROWS
-    await_inputs(PDL)
     part_max = tl.load(max_ptr + part_rows, mask=mask, other=float("-inf"))
     part_sum = tl.load(sum_ptr + part_rows, mask=mask, other=0.0)
     acc = tl.load(acc_ptr + part_rows[:, None] * D + offs_d[None, :], mask=mask[:, None], other=0.0)
@@ -314,7 +308,6 @@ def decode_attention_launch(
         BLOCK_N=config.block_n,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
-        **dependent_launch_options(q.device),
     )
     block_d = min(COMBINE_BLOCK_D, head_dim)
     wrap_triton(_decode_combine_kernel)[(batch * q_heads * tokens, head_dim // block_d)](
@@ -328,7 +321,6 @@ def decode_attention_launch(
         D=head_dim,
         BLOCK_D=block_d,
         num_warps=4,
-        **dependent_launch_options(q.device),
     )
     return out
 

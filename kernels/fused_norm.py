@@ -5,7 +5,10 @@
 
 with rms(x) = x / sqrt(mean(x^2) + eps) (arXiv 1910.07467), all in float32. The second is everything between two matrix
 products of a decoder layer: the norm after a branch, the residual sum, the layer's output scale and the norm before the
-next branch. The forms `*_quantize` go on to quantize x' as `gemma4.kernels.activations` does. A program takes one row.
+next branch. The forms `*_quantize` go on to quantize x' as `gemma4.kernels.activations` does.
+
+Few rows leave most of the chip idle, so each is then shared by several programs: every one of them sums the squares of
+the whole row, which is cheap, and finishes only its own piece, which is not.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from gemma4.kernels.activations import (
     quantize_activations_reference,
     store_quantized,
 )
-from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
 __all__ = ["residual_norm", "residual_norm_quantize", "rms_norm", "rms_norm_quantize", "rms_norm_reference"]
 
-_MAX_WARPS = 16
+SHARED_ROWS = 8
+"""Up to this many rows are each shared by several programs."""
+SHARED_GROUPS = 16
+"""Groups of 32 that one program of a shared row finishes."""
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,9 +47,18 @@ def close_branch_reference(h: Tensor, y: Tensor, post_weight: Tensor, scale: Ten
 
 
 @triton.jit
-def _rms_scale(x, K: tl.constexpr, eps):
-    """1 / rms of a row held as [groups, 2, 16], zeros past K."""
-    return tl.rsqrt(tl.sum(tl.sum(tl.sum(x * x, axis=2), axis=1), axis=0) / K + eps)
+def _load_row(ptr, offs, K: tl.constexpr):
+    """float32 values at offs, zeros past K."""
+    return tl.load(ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _close_branch(h_ptr, y_ptr, post_weight, y_scale, scale, offs, K: tl.constexpr, HAS_BRANCH: tl.constexpr):
+    """h' of the formula above at offs of one row; h itself without a branch."""
+    h = _load_row(h_ptr, offs, K)
+    if HAS_BRANCH:
+        h = (h + _load_row(y_ptr, offs, K) * y_scale * post_weight) * scale
+    return h
 
 
 @triton.jit
@@ -61,31 +75,38 @@ def fused_norm_kernel(
     M,
     eps,
     K: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ROW: tl.constexpr,  # power of two of at least K
+    GROUPS: tl.constexpr,  # power of two of groups that this program finishes
     PLANES: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     UNITS: tl.constexpr = (K + 63) // 64
     eps = tl.cast(eps, tl.float32)  # a compiler may hand it over as float64
     row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     live = group < K // 32
     at = group[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     inside = live[:, None, None]
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    offs = tl.arange(0, ROW)
+    h_ptr += row * K
+    y_ptr += row * K
+    weight = _load_row(weight_ptr, at, K)
+    y_scale, scale = 1.0, 1.0
+    post_weight, post_weight_piece = weight, weight
     if HAS_BRANCH:
-        post_weight = tl.load(post_weight_ptr + at, mask=inside, other=0.0)
-    await_inputs(PDL)
-    h = tl.load(h_ptr + row * K + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
-        y = tl.load(y_ptr + row * K + at, mask=inside, other=0.0).to(tl.float32)
-        h += y * _rms_scale(y, K, eps) * post_weight
+        post_weight, post_weight_piece = _load_row(post_weight_ptr, offs, K), _load_row(post_weight_ptr, at, K)
         if HAS_SCALE:
-            h *= tl.load(scale_ptr)
-        tl.store(h_out_ptr + row * K + at, h, mask=inside)
-    x = h * _rms_scale(h, K, eps) * weight
+            scale = tl.load(scale_ptr)
+    if HAS_BRANCH:
+        y = _load_row(y_ptr, offs, K)
+        y_scale = tl.rsqrt(tl.sum(y * y, axis=0) / K + eps)
+    h = _close_branch(h_ptr, y_ptr, post_weight, y_scale, scale, offs, K, HAS_BRANCH)
+    h_scale = tl.rsqrt(tl.sum(h * h, axis=0) / K + eps)
+    piece = _close_branch(h_ptr, y_ptr, post_weight_piece, y_scale, scale, at, K, HAS_BRANCH)
+    if HAS_BRANCH:
+        tl.store(h_out_ptr + row * K + at, piece, mask=inside)
+    x = piece * h_scale * weight
     if PLANES == 0:
         tl.store(x_ptr + row * K + at, x.to(x_ptr.dtype.element_ty), mask=inside)
     else:
@@ -127,8 +148,9 @@ def launch_fused_norm(
     """
     m, k = h.shape
     h_out = h if y is None else torch.empty_like(h, dtype=torch.float32)
-    groups = triton.next_power_of_2(triton.cdiv(k, UNIT) * 2)
-    wrap_triton(fused_norm_kernel)[(m,)](
+    padded_groups = triton.cdiv(k, UNIT) * (UNIT // GROUP)
+    groups = min(SHARED_GROUPS, padded_groups) if m <= SHARED_ROWS else padded_groups
+    wrap_triton(fused_norm_kernel)[(m, triton.cdiv(padded_groups, groups))](
         h_ptr=h,
         y_ptr=h if y is None else y,
         post_weight_ptr=weight if post_weight is None else post_weight,
@@ -141,12 +163,12 @@ def launch_fused_norm(
         M=m,
         eps=eps,
         K=k,
-        GROUPS=groups,
+        ROW=triton.next_power_of_2(k),
+        GROUPS=triton.next_power_of_2(groups),
         PLANES=out[0].shape[0] if len(out) > 1 else 0,
         HAS_BRANCH=y is not None,
         HAS_SCALE=scale is not None,
-        num_warps=min(_MAX_WARPS, max(1, groups // 16)),
-        **dependent_launch_options(h.device),
+        num_warps=16 if k > 1024 else 4,
     )
     return h_out
 

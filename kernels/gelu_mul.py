@@ -19,7 +19,6 @@ from gemma4.kernels.activations import (
     quantize_activations_reference,
     store_quantized,
 )
-from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
 __all__ = ["gelu_mul", "gelu_mul_quantize", "gelu_mul_reference"]
 
@@ -44,7 +43,6 @@ def gelu_mul_kernel(
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     UNITS: tl.constexpr = (K + 63) // 64
     row = tl.program_id(1).to(tl.int64)
@@ -52,7 +50,6 @@ def gelu_mul_kernel(
     live = group < K // 32
     at = group[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     inside = live[:, None, None]
-    await_inputs(PDL)
     gate = tl.load(gate_ptr + row * stride_m + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_m + at, mask=inside, other=0.0).to(tl.float32)
     x = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
@@ -89,7 +86,6 @@ def launch_gelu_mul(gate: Tensor, up: Tensor, out: tuple[Tensor, ...]) -> None:
         PLANES=out[0].shape[0] if len(out) > 1 else 0,
         BLOCK=BLOCK_GROUPS,
         num_warps=4,
-        **dependent_launch_options(gate.device),
     )
 
 

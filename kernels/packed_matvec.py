@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from gemma4.kernels.activations import dequantize_activations
-from gemma4.kernels.dependent_launch import dependent_launch_options
 from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
 
 MAX_ROWS = 8
@@ -106,7 +105,6 @@ def launch_packed_matvec(
         EVEN_N=even,
         **tile,
         num_warps=warps,
-        **dependent_launch_options(y.device),
     )
     return y
 

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from gemma4.kernels.dependent_launch import await_inputs, prefetch_bytes
 from gemma4.kernels.packed_matvec import packed_matvec, packed_matvec_fake
 from gemma4.kernels.packed_tile import (
     add_group,
@@ -53,7 +52,6 @@ def q5_k_matvec_kernel(
     R: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN_N: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     UNITS: tl.constexpr = K // 64
     EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
@@ -63,8 +61,6 @@ def q5_k_matvec_kernel(
     codes_ptr += start * (K // 16)
     dm_ptr += start * (K // 128)
     row = tile_row(start, N, RL, R, EVEN_N)
-    prefetch_bytes(qs_ptr, KL * RL * KW, R * RL * (K // 2), PDL and EVEN_N)
-    await_inputs(PDL)
     lane = tile_unit(KL, RL, KW)
     sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
     for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):

@@ -24,8 +24,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
-
 PREFILL_HEADS = 8  # heads that share the angles of one token where there are tokens enough to fill the device
 DECODE_TOKENS = 32
 TWO_PI = tl.constexpr(2.0 * math.pi)
@@ -123,11 +121,9 @@ def _qk_norm_rope_kernel(
     V_NORM: tl.constexpr,
     INTO_CACHE: tl.constexpr,
     HEADS: tl.constexpr,  # heads of one program, of Q_HEADS + 2 * KV_HEADS
-    PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
-    await_inputs(PDL)
     position = tl.load(input_pos_ptr + token)
     row = position % cache_len if INTO_CACHE else token
     offs = tl.arange(0, HALF)
@@ -262,7 +258,6 @@ def qk_norm_rope_launch(
         INTO_CACHE=into_cache,
         HEADS=heads,
         num_warps=4 if into_cache else 1,
-        **dependent_launch_options(q.device),
     )
     return q_out
 
