@@ -1,4 +1,4 @@
-"""The model against llama.cpp's logits of a small random Gemma 4."""
+"""The model against llama.cpp's and transformers' logits of a small random Gemma 4."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def test_logits_equal_llama_cpp_with_float32_gelu(model: Gemma4, data_dir: Path,
 
 def test_logits_in_one_call(model: Gemma4, data_dir: Path) -> None:
     ids, expected = golden(data_dir, "dense-f32-gelu32.npz")
+    torch.testing.assert_close(model.logits(ids), expected, rtol=0, atol=1e-4)
+
+
+def test_logits_equal_transformers(model: Gemma4, data_dir: Path) -> None:
+    ids, expected = golden(data_dir, "dense-f32-transformers.npz")
     torch.testing.assert_close(model.logits(ids), expected, rtol=0, atol=1e-4)
 
 
