@@ -28,7 +28,9 @@ def matvec_tile(name: str, k: int, m: int) -> dict[str, int]:
     of the sum over K: they depend on the format and K alone, so that a row does not depend on its neighbours.
     """
     is_long = k >= 8192 and name != "q6_k"
-    rows = 2 if is_long or m > 1 or name == "q6_k" else 1
+    few = 2 if is_long or m > 1 or name == "q6_k" else 1
+    # Rows of W share the loads of x, which weigh more the more rows x has; from five on registers run out.
+    rows = 4 if 1 < m <= 4 and not is_long else few
     return {"KL": 32, "RL": 1, "KW": 4 if is_long else 1, "R": rows, "UNROLL": 2 if is_long else 1}
 
 
