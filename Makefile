@@ -20,7 +20,8 @@ $(MODEL): | install
 
 demo: install $(MODEL)
 	$(BIN)/gemma4 inspect $(MODEL)
-	$(BIN)/gemma4 generate $(MODEL) --dequantize --max-new-tokens 64 --prompt "The Eiffel Tower is"
+	$(BIN)/gemma4 generate $(MODEL) --dequantize --dtype bfloat16 --temperature 0 --max-new-tokens 64 --stats \
+		--prompt "The Eiffel Tower is"
 
 lint: install
 	$(BIN)/ruff check .

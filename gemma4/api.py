@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,7 @@ class Gemma4:
         self.path = path
         self.max_seq_len = max_seq_len
         self.sampling = SamplingParams.from_metadata(metadata, path)
-        self._idle_loop: DecodeLoop | None = None
+        self._idle_loops: deque[DecodeLoop] = deque(maxlen=1)
 
     @classmethod
     def from_gguf(
@@ -281,11 +282,15 @@ class Gemma4:
         try:
             yield from generate_tokens(loop, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
         finally:
-            self._idle_loop = loop if loop.runs_ahead else None
+            if loop.runs_ahead:
+                self._idle_loops.append(loop)
 
     def _loop(self, params: SamplingParams, suppress_ids: tuple[int, ...], needed: int) -> DecodeLoop:
         """A decode loop for one generation: the idle one with its captured graph, where there is one that fits."""
-        idle, self._idle_loop = self._idle_loop, None
+        try:
+            idle = self._idle_loops.pop()
+        except IndexError:
+            idle = None
         if idle is not None and idle.params == params:
             return idle
         length = self.max_seq_len if self.device.type == "cuda" else needed

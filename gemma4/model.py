@@ -170,7 +170,7 @@ class TextModel(nn.Module):
         make = PackedRows() if tokens.shape[0] <= self.max_packed_rows else DenseRows(self.dtype)
         layers = cast("Sequence[DecoderLayer]", self.layers)
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
-        h = self.embed_tokens(tokens) * self.config.hidden_size**0.5
+        h: Tensor = self.embed_tokens(tokens) * self.config.hidden_size**0.5
         x = make.normed(h, layers[0].input_layernorm)
         for layer, layer_cache, next_norm in zip(layers, cache.layers, next_norms, strict=True):
             h, y = layer(h, x, make, input_pos, getattr(self, f"inv_freq_{layer.kind}"), layer_cache)
@@ -181,4 +181,4 @@ class TextModel(nn.Module):
             h, x = make.residual_normed(h, y, layer.post_feedforward_layernorm, layer.layer_scalar, next_norm)
         logits: Tensor = self.lm_head(x).float()
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -43,8 +43,8 @@ __all__ = [
     "q8_0_linear",
 ]
 
-SCRATCH_BYTES = 256 << 20
-"""Most bytes of decoded weights held at a time, save for the smallest piece."""
+SCRATCH_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
+"""Most bytes of decoded weights held at a time, by device, save for the smallest piece."""
 ALIGNED_ROWS = 128
 """Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
 
@@ -123,7 +123,8 @@ def _check(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> tuple[int, int]:
 def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
     """x: [M, K]. Returns [M, N], holding at most SCRATCH_BYTES of decoded weights at a time."""
     n, k = planes[0].shape[0], x.shape[1]
-    pieces = -(-n * k * x.element_size() // SCRATCH_BYTES)
+    scratch = SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"])
+    pieces = -(-n * k * x.element_size() // scratch)
     if pieces == 1:
         return x @ dequantize_planes(name, planes, x.dtype).T
     step = max(ALIGNED_ROWS, n // pieces // ALIGNED_ROWS * ALIGNED_ROWS)

@@ -55,7 +55,7 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     weight = make_weight(name, 300, K)
     x = make_rows(3, K, torch.float32)
     whole = linear(name)(x, *weight.planes)
-    monkeypatch.setattr(linear_module, "SCRATCH_BYTES", 1 << 16)
+    monkeypatch.setattr(linear_module, "SCRATCH_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     assert relative_error(linear(name)(x, *weight.planes), whole) < 1e-6
 
 
@@ -77,7 +77,7 @@ def test_export_keeps_the_op_for_any_number_of_rows(name: str) -> None:
 
 
 def test_compiles_with_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "SCRATCH_BYTES", 1 << 16)
+    monkeypatch.setattr(linear_module, "SCRATCH_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     model = Projection("q4_k", make_weight("q4_k", 300, K).planes)
     x = make_rows(3, K, torch.float32)
     assert relative_error(torch.compile(model, backend="aot_eager")(x), model(x)) < 1e-6
@@ -146,7 +146,7 @@ def test_gpu(name: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = make_weight(name, 300, K, "cuda")
     decoded = weight.exact.float().bfloat16().double() if m > 8 else weight.exact
     for scratch in (1 << 24, 1 << 16):
-        monkeypatch.setattr(linear_module, "SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(linear_module, "SCRATCH_BYTES", {"cuda": scratch})
         for dtype, exact, tolerance in (
             (torch.float32, weight.exact, 1e-6),
             (torch.bfloat16, decoded, 2**-8 + 1e-4),
