@@ -71,10 +71,14 @@ def packed_matvec(
 def packed_matvec_reference(
     name: str, activations: tuple[Tensor, Tensor, Tensor], planes: tuple[Tensor, ...], out_dtype: torch.dtype
 ) -> Tensor:
-    """[M, N]: the quantized activations times the exactly decoded weights, in float32."""
+    """[M, N]: the quantized activations times the exactly decoded weights, in float32.
+
+    Products are summed row by row, not by a BLAS, so that here too a row does not depend on its neighbours.
+    """
     _check(name, activations, planes, out_dtype)
-    xq, xs, _ = activations
-    return (dequantize_activations(xq, xs) @ PACKED_FORMATS[name].dequantize(*planes).T).to(out_dtype)
+    weights = PACKED_FORMATS[name].dequantize(*planes)
+    rows = [(weights * x).sum(-1) for x in dequantize_activations(*activations[:2]).unbind()]
+    return torch.stack(rows).to(out_dtype)
 
 
 def launch_packed_matvec(
