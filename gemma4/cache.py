@@ -6,7 +6,7 @@ ring of twice their window, position p in slot p % length, so that a prefill chu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma4.config import Gemma4Config, LayerConfig, LayerKind
 from gemma4.kernels.decode_attention import decode_attention
 from gemma4.kernels.prefill_attention import prefill_attention
-from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache
+from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache, rms_norm, rotate
 from gemma4.quant.errors import ContextError
 
 
@@ -22,30 +22,56 @@ class HeadTransform(NamedTuple):
     """What turns projections into heads: RMS norm of q and k, of v too where `has_v_norm`, and rotary embedding."""
 
     q_weight: Tensor  # float32 [D]
-    k_weight: Tensor  # float32 [D]
+    k_weight: Tensor | None  # float32 [D]; None in a layer that reads another's keys
     inv_freq: Tensor  # float32 [D // 2]
     eps: float
     has_v_norm: bool
 
 
-class LayerCache:
-    """Keys and values of one layer. window: tokens a query sees, its own included; 0 for all."""
+class AttentionCache(Protocol):
+    """Where the queries of one layer find keys and values."""
 
-    def __init__(self, layer: LayerConfig, length: int, window: int, dtype: torch.dtype, device: torch.device) -> None:
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
+    ) -> Tensor:
+        """The attention [1, H, T, D] of queries at positions input_pos [T].
+
+        q [T, H * D], k, v [T, H_kv * D]: raw projections; v None stands for k.
+        """
+
+
+class LayerCache:
+    """Keys and values of one layer. window: tokens a query sees, its own included; 0 for all.
+
+    is_shared: other layers read it too, so a chunk is written only by `commit`, when they have seen what it overwrites.
+    """
+
+    def __init__(
+        self,
+        layer: LayerConfig,
+        length: int,
+        window: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_shared: bool = False,
+    ) -> None:
         shape = (1, layer.num_key_value_heads, length, layer.head_dim)
         self.window = window
+        self.is_shared = is_shared
+        self.chunk: tuple[Tensor, Tensor] | None = None
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
     ) -> Tensor:
-        """Adds keys and values of positions input_pos [T] and returns the attention of their queries [1, H, T, D].
-
-        q [T, H * D], k, v [T, H_kv * D]: raw projections; v None stands for k. A single token is written and then
-        attends; a chunk attends first, because it may overwrite what it reads.
+        """Adds the keys and values of these positions, too. A single token is written and then attends; a chunk
+        attends first, because it may overwrite what it reads.
         """
         q_weight, k_weight, inv_freq, eps, has_v_norm = heads
+        assert k is not None, "a layer with its own cache projects keys"
+        assert k_weight is not None, "and normalises them"
         if q.shape[0] == 1:
             queries = qk_norm_rope_cache(
                 q, k, v, q_weight, k_weight, self.k, self.v, inv_freq, input_pos, eps, has_v_norm
@@ -54,9 +80,37 @@ class LayerCache:
             return out
         queries, keys, values = qk_norm_rope(q, k, v, q_weight, k_weight, inv_freq, input_pos, eps, has_v_norm)
         out = prefill_attention(queries, keys, values, self.k, self.v, input_pos, scale, self.window)
-        slots = input_pos % self.k.shape[2]
-        self.k.index_copy_(2, slots, keys)
-        self.v.index_copy_(2, slots, values)
+        self.chunk = keys, values
+        if not self.is_shared:
+            self.commit(input_pos)
+        return out
+
+    def commit(self, input_pos: Tensor) -> None:
+        """Writes a chunk that still waits."""
+        if self.chunk is not None:
+            slots = input_pos % self.k.shape[2]
+            self.k.index_copy_(2, slots, self.chunk[0])
+            self.v.index_copy_(2, slots, self.chunk[1])
+            self.chunk = None
+
+
+class SharedCache:
+    """The cache of an earlier layer, read by one that projects queries only."""
+
+    def __init__(self, source: LayerCache) -> None:
+        self.source = source
+
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
+    ) -> Tensor:
+        source = self.source
+        rows = q.view(len(q), -1, heads.q_weight.shape[0]).transpose(0, 1)
+        queries = rotate(rms_norm(rows, heads.q_weight, heads.eps), input_pos, heads.inv_freq)[None]
+        out: Tensor
+        if source.chunk is None:
+            out = decode_attention(queries, source.k, source.v, input_pos, scale, source.window)
+        else:
+            out = prefill_attention(queries, *source.chunk, source.k, source.v, input_pos, scale, source.window)
         return out
 
 
@@ -75,12 +129,23 @@ class KVCache:
         self.chunk_size = min(2 * config.sliding_window, max_seq_len)  # the longest forward pass the rings take
         # A context within the window needs no ring: every position stays visible.
         window_or_all = config.sliding_window if config.sliding_window < max_seq_len else 0
-        self.layers: list[LayerCache] = []
-        for layer in config.layers:
+        shared = {layer.kv_source for layer in config.layers}
+        self.own: dict[int, LayerCache] = {}
+        self.layers: list[AttentionCache] = []
+        for i, layer in enumerate(config.layers):
+            if layer.kv_source is not None:
+                self.layers.append(SharedCache(self.own[layer.kv_source]))
+                continue
             is_sliding = layer.kind is LayerKind.SLIDING
             length, window = (self.chunk_size, window_or_all) if is_sliding else (max_seq_len, 0)
-            self.layers.append(LayerCache(layer, length, window, dtype, torch.device(device)))
+            self.own[i] = LayerCache(layer, length, window, dtype, torch.device(device), is_shared=i in shared)
+            self.layers.append(self.own[i])
+
+    def commit(self, input_pos: Tensor) -> None:
+        """Ends a pass: writes the chunks that shared layers held back."""
+        for layer in self.own.values():
+            layer.commit(input_pos)
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.own.values())

@@ -18,7 +18,6 @@ from gemma4.quant.errors import (
     MissingTensorError,
     ShapeError,
     UnsupportedArchitectureError,
-    UnsupportedFeatureError,
     UnsupportedTypeError,
 )
 from gemma4.quant.ggml_types import GGMLType
@@ -58,6 +57,7 @@ class LayerConfig(BaseModel):
     head_dim: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     k_eq_v: bool  # no attn_v tensor: V is the key projection before its norm
+    kv_source: int | None  # the layer whose keys and values this one reads; None for its own
 
 
 class Gemma4Config(BaseModel):
@@ -81,6 +81,11 @@ class Gemma4Config(BaseModel):
     tie_word_embeddings: bool
     has_v_norm: bool
     has_layer_scalar: bool
+    hidden_size_per_layer_input: int = Field(ge=0)  # of the embeddings every layer adds; 0 = none
+    num_experts: int = Field(default=0, ge=0)  # beside the shared MLP of every layer; 0 = none
+    num_experts_per_tok: int = Field(default=0, ge=0)
+    moe_intermediate_size: int = Field(default=0, ge=0)
+    has_joined_experts: bool = False  # gate and up of all experts in one tensor
     layers: tuple[LayerConfig, ...]
 
     @property
@@ -91,8 +96,7 @@ class Gemma4Config(BaseModel):
     def from_gguf(cls, file: GGUFFile) -> Gemma4Config:
         """Reads the configuration of an open file.
 
-        Raises UnsupportedArchitectureError, UnsupportedFeatureError, UnsupportedTypeError, MetadataError,
-        MissingTensorError or ShapeError.
+        Raises UnsupportedArchitectureError, UnsupportedTypeError, MetadataError, MissingTensorError or ShapeError.
         """
         architecture = file.metadata.get("general.architecture")
         if not isinstance(architecture, str):
@@ -113,7 +117,6 @@ class Gemma4Config(BaseModel):
                 field="general.architecture",
             )
         header = _Header(file, architecture)
-        _require_absent(header)
         header.check_blocks()
         return read(header)
 
@@ -220,22 +223,24 @@ class _Header:
             )
 
 
-def _require_absent(header: _Header) -> None:
-    """Refuses what this version cannot run, by feature."""
-    features = {
-        "embedding_length_per_layer_input": "per-layer embeddings (E2B, E4B)",
-        "attention.shared_kv_layers": "KV layers shared between layers (E2B, E4B)",
-        "expert_count": "mixture of experts (26B-A4B)",
+def _experts(header: _Header) -> dict[str, Any]:
+    """The mixture of experts, if there is one."""
+    num_experts = header.optional_count("expert_count")
+    if not num_experts:
+        if any(name.endswith(".ffn_gate_inp.weight") for name in header.tensors):
+            raise header.error("expert_count", "the key is missing or 0, but the file has router tensors")
+        return {}
+    used = header.count("expert_used_count")
+    if used > num_experts:
+        raise header.error("expert_used_count", f"found {used}, expected at most the {num_experts} experts")
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": header.count("expert_feed_forward_length"),
+        "has_joined_experts": header.uniform_presence(
+            "ffn_gate_up_exps.weight", range(header.num_layers), "all layers join gate and up experts or none does"
+        ),
     }
-    needed = [key for key in features if header.optional_count(key)]
-    if needed:
-        raise UnsupportedFeatureError(
-            f"the model needs {' and '.join(features[key] for key in needed)}, not supported yet",
-            path=header.path,
-            field=f"{header.architecture}.{needed[0]}",
-        )
-    if any(name.endswith(".ffn_gate_inp.weight") for name in header.tensors):
-        raise header.error("expert_count", "the key is missing or 0, but the file has router tensors")
 
 
 def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gemma4Config:
@@ -300,6 +305,17 @@ def _rope_scaling(header: _Header, *supported: str) -> float:
     return header.number("rope.scaling.factor") if kind == "linear" else 1.0
 
 
+def _kv_source(header: _Header, kinds: Sequence[LayerKind], own_kv: int, kind: LayerKind) -> int:
+    """The layer whose cache a layer of this kind shares: one of the last two that keep their own."""
+    source = own_kv - (2 if kind is LayerKind.SLIDING else 1)
+    if source < 0 or kinds[source] is not kind:
+        shared = header.num_layers - own_kv
+        raise header.error(
+            "attention.shared_kv_layers", f"found {shared}, but layer {source} is no {kind} layer to share with"
+        )
+    return source
+
+
 def _gemma4(header: _Header) -> Gemma4Config:
     kinds = [
         LayerKind.SLIDING if is_sliding else LayerKind.FULL
@@ -310,7 +326,10 @@ def _gemma4(header: _Header) -> Gemma4Config:
     kv_heads = header.per_layer_counts("attention.head_count_kv")
     intermediate = header.per_layer_counts("feed_forward_length")
     head_dims = {LayerKind.FULL: _head_dim(header), LayerKind.SLIDING: _head_dim(header, "_swa")}
-    k_eq_v = bool(full) and not header.uniform_presence("attn_v.weight", full, "full layers all have one or none")
+    own_kv = header.num_layers - header.optional_count("attention.shared_kv_layers")
+    sources = [None if i < own_kv else _kv_source(header, kinds, own_kv, kind) for i, kind in enumerate(kinds)]
+    own_full = [i for i in full if i < own_kv]
+    k_eq_v = bool(own_full) and not header.uniform_presence("attn_v.weight", own_full, "full layers all have or none")
     rotated = head_dims[LayerKind.FULL] // 2
     factors = header.positive_vector("rope_freqs.weight", rotated, "half the full layers' head size") if full else None
     layers = [
@@ -321,12 +340,15 @@ def _gemma4(header: _Header) -> Gemma4Config:
             head_dim=head_dims[kind],
             intermediate_size=intermediate[i],
             k_eq_v=k_eq_v and kind is LayerKind.FULL,
+            kv_source=sources[i],
         )
         for i, kind in enumerate(kinds)
     ]
     return _build(
         header,
         layers,
+        **_experts(header),
+        hidden_size_per_layer_input=header.optional_count("embedding_length_per_layer_input"),
         query_scale=1.0,
         rope_theta_sliding=header.number("rope.freq_base_swa"),
         rope_scaling_factor=_rope_scaling(header, "none"),
@@ -354,6 +376,7 @@ def _gemma3(header: _Header) -> Gemma4Config:
             head_dim=head_dim,
             intermediate_size=intermediate[i],
             k_eq_v=False,
+            kv_source=None,
         )
         for i in range(header.num_layers)
     ]
@@ -363,6 +386,7 @@ def _gemma3(header: _Header) -> Gemma4Config:
     return _build(
         header,
         layers,
+        hidden_size_per_layer_input=0,
         query_scale=query_dim**-0.5,
         rope_theta_sliding=header.number("rope.freq_base_swa") if has_own_theta else _GEMMA3_ROPE_THETA_SLIDING,
         rope_scaling_factor=_rope_scaling(header, "none", "linear"),

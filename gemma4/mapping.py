@@ -20,6 +20,9 @@ _GLOBAL_NAMES: Final = {
     "token_embd.weight": "embed_tokens.weight",
     "output_norm.weight": "norm.weight",
     "output.weight": "lm_head.weight",
+    "per_layer_token_embd.weight": "embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "per_layer_projection_norm.weight",
 }
 _LAYER_NAMES: Final = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -36,6 +39,19 @@ _LAYER_NAMES: Final = {
     "ffn_down.weight": "mlp.down_proj.weight",
     "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
     "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp.weight": "router.proj.weight",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    "ffn_gate_up_exps.weight": "experts.gate_up_proj.weight",
+    "ffn_gate_exps.weight": "experts.gate_proj.weight",
+    "ffn_up_exps.weight": "experts.up_proj.weight",
+    "ffn_down_exps.weight": "experts.down_proj.weight",
+    "pre_ffw_norm_2.weight": "pre_feedforward_layernorm_2.weight",
+    "post_ffw_norm_1.weight": "post_feedforward_layernorm_1.weight",
+    "post_ffw_norm_2.weight": "post_feedforward_layernorm_2.weight",
+    "inp_gate.weight": "per_layer_input_gate.weight",
+    "proj.weight": "per_layer_projection.weight",
+    "post_norm.weight": "post_per_layer_input_norm.weight",
 }
 
 _PACKED: Final = LOADABLE_TYPES - {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
@@ -86,6 +102,11 @@ def expected_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
         shapes["output.weight"] = (config.vocab_size, hidden)
     if config.rope_freq_factors is not None:
         shapes["rope_freqs.weight"] = (len(config.rope_freq_factors),)
+    ple = config.hidden_size_per_layer_input
+    if ple:
+        shapes["per_layer_token_embd.weight"] = (config.vocab_size, config.num_hidden_layers * ple)
+        shapes["per_layer_model_proj.weight"] = (config.num_hidden_layers * ple, hidden)
+        shapes["per_layer_proj_norm.weight"] = (ple,)
     for i, layer in enumerate(config.layers):
         q_size = layer.num_attention_heads * layer.head_dim
         kv_size = layer.num_key_value_heads * layer.head_dim
@@ -93,9 +114,7 @@ def expected_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
         sizes: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (hidden,),
             "attn_q.weight": (q_size, hidden),
-            "attn_k.weight": (kv_size, hidden),
             "attn_q_norm.weight": (layer.head_dim,),
-            "attn_k_norm.weight": (layer.head_dim,),
             "attn_output.weight": (hidden, q_size),
             "post_attention_norm.weight": (hidden,),
             "ffn_norm.weight": (hidden,),
@@ -104,19 +123,51 @@ def expected_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
             "ffn_down.weight": (hidden, ffn),
             "post_ffw_norm.weight": (hidden,),
         }
-        if not layer.k_eq_v:
+        if layer.kv_source is None:
+            sizes |= {"attn_k.weight": (kv_size, hidden), "attn_k_norm.weight": (layer.head_dim,)}
+        if layer.kv_source is None and not layer.k_eq_v:
             sizes["attn_v.weight"] = (kv_size, hidden)
+        if ple:
+            sizes |= {"inp_gate.weight": (ple, hidden), "proj.weight": (hidden, ple), "post_norm.weight": (hidden,)}
+        if config.num_experts:
+            sizes |= _expert_tensors(config)
         if config.has_layer_scalar:
             sizes["layer_output_scale.weight"] = (1,)
         shapes |= {f"blk.{i}.{name}": size for name, size in sizes.items()}
     return shapes
 
 
+def _expert_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer's router and experts."""
+    experts, hidden, ffn = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    if config.has_joined_experts:
+        first = {"ffn_gate_up_exps.weight": (experts, 2 * ffn, hidden)}
+    else:
+        first = {f"ffn_{name}_exps.weight": (experts, ffn, hidden) for name in ("gate", "up")}
+    return first | {
+        "ffn_down_exps.weight": (experts, hidden, ffn),
+        "ffn_down_exps.scale": (experts,),
+        "ffn_gate_inp.weight": (experts, hidden),
+        "ffn_gate_inp.scale": (hidden,),
+        "pre_ffw_norm_2.weight": (hidden,),
+        "post_ffw_norm_1.weight": (hidden,),
+        "post_ffw_norm_2.weight": (hidden,),
+    }
+
+
+def unused_tensors(config: Gemma4Config) -> frozenset[str]:
+    """Tensors that some files hold although nothing reads them: keys and values of layers that share others'."""
+    names = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
+    shared = (i for i, layer in enumerate(config.layers) if layer.kv_source is not None)
+    return frozenset(f"blk.{i}.{name}" for i in shared for name in names)
+
+
 def plan_load(file: GGUFFile, config: Gemma4Config, *, fuse: bool = True) -> LoadPlan:
     """The load plan of an open file. Raises the errors of `make_plan`."""
+    unused = unused_tensors(config)
     return make_plan(
         config.architecture,
-        file.tensors,
+        {name: tensor for name, tensor in file.tensors.items() if name not in unused},
         expected_tensors(config),
         transforms_for(config.architecture),
         num_layers=config.num_hidden_layers,

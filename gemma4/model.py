@@ -15,8 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gemma4.cache import HeadTransform, KVCache, LayerCache
+from gemma4.cache import AttentionCache, HeadTransform, KVCache
 from gemma4.config import Gemma4Config, LayerConfig, LayerKind
+from gemma4.experts import Experts, Router
+from gemma4.kernels.fused_norm import rms_norm_reference
 from gemma4.kernels.packed_matvec import MAX_ROWS
 from gemma4.quant.errors import MissingTensorError
 from gemma4.quant.linear import MATVEC_OPS, Embedding, Linear, PackedWeight, Rows
@@ -88,31 +90,37 @@ class Attention(nn.Module):
         kv_size = layer.num_key_value_heads * layer.head_dim
         self.sizes = {"q": layer.num_attention_heads * layer.head_dim, "k": kv_size, "v": kv_size}
         fused = next((name for name in ("qkv_proj", "qk_proj") if weights.has(name)), None)
-        names = [fused] if fused else ["q_proj", "k_proj"]
-        if fused != "qkv_proj" and not layer.k_eq_v:
+        has_kv = layer.kv_source is None
+        names = [fused] if fused else ["q_proj", "k_proj"] if has_kv else ["q_proj"]
+        if has_kv and fused != "qkv_proj" and not layer.k_eq_v:
             names.append("v_proj")
         self.projections = tuple(names)
         for name in self.projections:
             self.add_module(name, weights.linear(name, dtype))
         self.q_norm = weights.norm("q_norm", config.rms_norm_eps)
-        self.k_norm = weights.norm("k_norm", config.rms_norm_eps)
+        self.k_norm = weights.norm("k_norm", config.rms_norm_eps) if has_kv else None
         self.o_proj = weights.linear("o_proj")
 
-    def forward(self, x: Rows, make: RowMaker, input_pos: Tensor, inv_freq: Tensor, cache: LayerCache) -> Tensor:
+    def forward(self, x: Rows, make: RowMaker, input_pos: Tensor, inv_freq: Tensor, cache: AttentionCache) -> Tensor:
         projected: dict[str, Tensor] = {}
         for name in self.projections:
             parts = name.removesuffix("_proj")
             rows = self.get_submodule(name)(x).split([self.sizes[part] for part in parts], dim=-1)
             projected |= zip(parts, rows, strict=True)
-        rope = HeadTransform(self.q_norm.weight, self.k_norm.weight, inv_freq, self.q_norm.eps, self.has_v_norm)
-        q, k, v = projected["q"], projected["k"], projected.get("v")
+        k_weight = None if self.k_norm is None else self.k_norm.weight
+        rope = HeadTransform(self.q_norm.weight, k_weight, inv_freq, self.q_norm.eps, self.has_v_norm)
+        q, k, v = projected["q"], projected.get("k"), projected.get("v")
         heads = cache.attend(q, k, v, rope, input_pos, self.scale)  # [1, heads, T, D]
         out: Tensor = self.o_proj(make.plain(heads[0].transpose(0, 1).flatten(1)))
         return out
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each between a norm before and a norm after, added to the residual stream."""
+    """Attention and MLP, each between a norm before and a norm after, added to the residual stream.
+
+    Layers of 26B-A4B add experts to the MLP. Layers of E2B and E4B have a third branch: an embedding of the token that
+    is the layer's own, let in by a gate.
+    """
 
     def __init__(self, config: Gemma4Config, layer: LayerConfig, weights: Weights, dtype: torch.dtype) -> None:
         super().__init__()
@@ -124,16 +132,64 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = weights.norm("pre_feedforward_layernorm", eps)
         self.mlp = MLP(weights.within("mlp"))
         self.post_feedforward_layernorm = weights.norm("post_feedforward_layernorm", eps)
+        self.has_experts = config.num_experts > 0
+        if self.has_experts:
+            self.dtype = dtype
+            self.router = Router(weights.linear("router.proj"), config.num_experts_per_tok, eps)
+            expert_weights = weights.within("experts")
+            names = ["gate_up_proj"] if config.has_joined_experts else ["gate_proj", "up_proj"]
+            first = {name: expert_weights.linear(name) for name in names}
+            self.experts = Experts(first, expert_weights.linear("down_proj"), config.num_experts)
+            self.post_feedforward_layernorm_1 = weights.norm("post_feedforward_layernorm_1", eps)
+            self.pre_feedforward_layernorm_2 = weights.norm("pre_feedforward_layernorm_2", eps)
+            self.post_feedforward_layernorm_2 = weights.norm("post_feedforward_layernorm_2", eps)
+        self.has_per_layer_input = config.hidden_size_per_layer_input > 0
+        if config.hidden_size_per_layer_input:
+            self.per_layer_input_gate = weights.linear("per_layer_input_gate")
+            self.per_layer_projection = weights.linear("per_layer_projection")
+            self.post_per_layer_input_norm = weights.norm("post_per_layer_input_norm", eps)
         scalar = torch.empty(1, dtype=torch.float32, device="meta") if config.has_layer_scalar else None
         self.layer_scalar = None if scalar is None else nn.Parameter(scalar, requires_grad=False)
 
+    @property
+    def closing_norm(self) -> RMSNorm:
+        """The norm after the last branch."""
+        return self.post_per_layer_input_norm if self.has_per_layer_input else self.post_feedforward_layernorm
+
     def forward(
-        self, h: Tensor, x: Rows, make: RowMaker, input_pos: Tensor, inv_freq: Tensor, cache: LayerCache
+        self,
+        h: Tensor,
+        x: Rows,
+        make: RowMaker,
+        input_pos: Tensor,
+        inv_freq: Tensor,
+        cache: AttentionCache,
+        per_layer_input: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """h: the residual stream; x: its input norm. Returns h and the MLP's output, which is still to be added."""
+        """h: the residual stream; x: its input norm; per_layer_input: [T, P], the layer's own embeddings.
+
+        Returns h and the last branch, which is still to be added, through `closing_norm`.
+        """
         y = self.self_attn(x, make, input_pos, inv_freq, cache)
         h, x = make.residual_normed(h, y, self.post_attention_layernorm, None, self.pre_feedforward_layernorm)
-        return h, self.mlp(x, make)
+        y = self.mlp(x, make)
+        if self.has_experts:
+            y = self.add_experts(h, y)
+        if per_layer_input is None:
+            return h, y
+        h = make.closed(h, y, self.post_feedforward_layernorm)
+        gate = self.per_layer_input_gate(make.plain(h))
+        return h, self.per_layer_projection(make.gelu_mul(gate, per_layer_input.to(gate.dtype)))
+
+    def add_experts(self, h: Tensor, y: Tensor) -> Tensor:
+        """y, the shared MLP's output, plus the experts' for the residual stream h, both normalised; float32 [T, H]."""
+        before, after, shared = (
+            self.pre_feedforward_layernorm_2,
+            self.post_feedforward_layernorm_2,
+            self.post_feedforward_layernorm_1,
+        )
+        experts = self.experts(rms_norm_reference(h, before.weight, before.eps).to(self.dtype), *self.router(h))
+        return rms_norm_reference(y, shared.weight, shared.eps) + rms_norm_reference(experts, after.weight, after.eps)
 
 
 class TextModel(nn.Module):
@@ -146,6 +202,10 @@ class TextModel(nn.Module):
         weights = Weights(plan.by_target())
         embeddings = weights.packed("embed_tokens")
         self.embed_tokens = Embedding(embeddings)
+        if config.hidden_size_per_layer_input:
+            self.embed_tokens_per_layer = Embedding(weights.packed("embed_tokens_per_layer"))
+            self.per_layer_model_projection = weights.linear("per_layer_model_projection")
+            self.per_layer_projection_norm = weights.norm("per_layer_projection_norm", config.rms_norm_eps)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, weights.within(f"layers.{i}"), dtype) for i, layer in enumerate(config.layers)
         )
@@ -158,7 +218,9 @@ class TextModel(nn.Module):
             self.register_parameter(
                 f"inv_freq_{kind}", None if frequencies is None else nn.Parameter(frequencies, requires_grad=False)
             )
-        has_matvecs = all(e.type in MATVEC_OPS for e in plan.entries if len(e.shape) > 1)
+        dense = ("embed_tokens_per_layer.weight", "per_layer_model_projection.weight", "router.proj.weight")
+        matrices = (e for e in plan.entries if len(e.shape) > 1 and not e.target.endswith(dense))
+        has_matvecs = all(e.type in MATVEC_OPS for e in matrices)
         # Up to this many tokens go through the packed matvec kernels.
         self.max_packed_rows = MAX_ROWS if has_matvecs and device.type == "cuda" and dtype == torch.bfloat16 else 0
 
@@ -172,13 +234,30 @@ class TextModel(nn.Module):
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
         h: Tensor = self.embed_tokens(tokens) * self.config.hidden_size**0.5
         x = make.normed(h, layers[0].input_layernorm)
-        for layer, layer_cache, next_norm in zip(layers, cache.layers, next_norms, strict=True):
-            h, y = layer(h, x, make, input_pos, getattr(self, f"inv_freq_{layer.kind}"), layer_cache)
+        per_layer_inputs = self.per_layer_inputs(tokens, h)
+        steps = zip(layers, cache.layers, next_norms, per_layer_inputs, strict=True)
+        for layer, layer_cache, next_norm, own_input in steps:
+            inv_freq = getattr(self, f"inv_freq_{layer.kind}")
+            h, y = layer(h, x, make, input_pos, inv_freq, layer_cache, own_input)
+            if next_norm is self.norm:
+                cache.commit(input_pos)
             if next_norm is self.norm and num_logits == 0:
                 return h.new_empty(0, self.config.vocab_size)
             if next_norm is self.norm and num_logits is not None:
                 h, y = h[h.shape[0] - num_logits :], y[y.shape[0] - num_logits :]
-            h, x = make.residual_normed(h, y, layer.post_feedforward_layernorm, layer.layer_scalar, next_norm)
+            h, x = make.residual_normed(h, y, layer.closing_norm, layer.layer_scalar, next_norm)
         logits: Tensor = self.lm_head(x).float()
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def per_layer_inputs(self, tokens: Tensor, h: Tensor) -> Sequence[Tensor | None]:
+        """What each layer adds of its own, [T, P] float32: from the token's id and from its embedding h [T, H]."""
+        size = self.config.hidden_size_per_layer_input
+        if not size:
+            return [None] * len(self.layers)
+        norm = self.per_layer_projection_norm
+        from_id = self.embed_tokens_per_layer(tokens).unflatten(1, (-1, size)) * size**0.5
+        projected = self.per_layer_model_projection((h.to(self.dtype),)).float() * self.config.hidden_size**-0.5
+        from_embedding = rms_norm_reference(projected.unflatten(1, (-1, size)), norm.weight, norm.eps)
+        inputs: Tensor = ((from_id + from_embedding) * 2**-0.5).transpose(0, 1).contiguous()
+        return inputs.unbind()

@@ -32,6 +32,9 @@ class RowMaker(Protocol):
     def plain(self, x: Tensor) -> Rows:
         """x [M, K] as it is."""
 
+    def closed(self, h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
+        """h + post_norm(y), float32."""
+
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         """norm(h)."""
 
@@ -51,7 +54,10 @@ class DenseRows:
         self.dtype = dtype
 
     def plain(self, x: Tensor) -> Rows:
-        return (x,)
+        return (x.to(self.dtype),)
+
+    def closed(self, h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
+        return _closed(h, y, post_norm)
 
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         return (rms_norm(h, norm.weight, norm.eps, self.dtype),)
@@ -73,6 +79,9 @@ class PackedRows:
         rows: Rows = quantize_activations(x)
         return rows
 
+    def closed(self, h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
+        return _closed(h, y, post_norm)
+
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         rows: Rows = rms_norm_quantize(h, norm.weight, norm.eps)
         return rows
@@ -86,3 +95,8 @@ class PackedRows:
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
         rows: Rows = gelu_mul_quantize(gate, up)
         return rows
+
+
+def _closed(h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
+    out: Tensor = h + rms_norm(y, post_norm.weight, post_norm.eps, torch.float32)
+    return out

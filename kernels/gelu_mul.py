@@ -63,10 +63,11 @@ def gelu_mul_kernel(
         )  # fmt: skip
 
 
-def _check(name: str, gate: Tensor, up: Tensor) -> None:
-    if gate.dim() != 2 or gate.shape[1] == 0 or gate.shape[1] % GROUP:
+def _check(name: str, gate: Tensor, up: Tensor, *, is_grouped: bool) -> None:
+    if gate.dim() != 2 or gate.shape[1] == 0 or (gate.shape[1] % GROUP and (is_grouped or gate.device.type != "cpu")):
         raise ValueError(f"{name}: gate must be [M, K] with K a multiple of 32, got {list(gate.shape)}")
-    if up.shape != gate.shape or up.stride() != gate.stride() or gate.stride(1) != 1 or up.dtype != gate.dtype:
+    is_strided_alike = gate.stride(1) == up.stride(1) == 1 and (len(gate) == 1 or up.stride(0) == gate.stride(0))
+    if up.shape != gate.shape or not is_strided_alike or up.dtype != gate.dtype:
         found = f"{list(up.shape)}, strides {up.stride()} and {gate.stride()}"
         raise ValueError(f"{name}: gate and up must agree in dtype, shape and row stride, got {found}")
 
@@ -92,7 +93,7 @@ def launch_gelu_mul(gate: Tensor, up: Tensor, out: tuple[Tensor, ...]) -> None:
 @triton_op("gemma4::gelu_mul", mutates_args={})
 def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up: [M, K] with one row stride. Returns gelu(gate) * up, [M, K] in their dtype."""
-    _check("gelu_mul", gate, up)
+    _check("gelu_mul", gate, up, is_grouped=False)
     if gate.device.type == "cpu":
         return gelu_mul_reference(gate, up)
     out = gate.new_empty(gate.shape)
@@ -108,7 +109,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 @triton_op("gemma4::gelu_mul_quantize", mutates_args={})
 def gelu_mul_quantize(gate: Tensor, up: Tensor, planes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """gate, up: [M, K] with one row stride. Returns what `quantize_activations` returns for gelu(gate) * up."""
-    _check("gelu_mul_quantize", gate, up)
+    _check("gelu_mul_quantize", gate, up, is_grouped=True)
     if planes not in (1, 2):
         raise ValueError(f"gelu_mul_quantize: planes must be 1 or 2, got {planes}")
     if gate.device.type == "cpu":

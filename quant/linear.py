@@ -87,6 +87,12 @@ class PackedWeight(nn.Module):
         """The weight as a container that shares this module's storage."""
         return self._container.from_planes(dict(zip(self._container.planes, self.planes, strict=True)))
 
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Rows [start, stop) on the same storage."""
+        part = PackedWeight(self.ggml_type, (stop - start, self.shape[1]))
+        part.assign(self.tensor.slice_rows(start, stop))
+        return part
+
     def extra_repr(self) -> str:
         return f"{self.ggml_type.name} {list(self.shape)}"
 
@@ -103,12 +109,16 @@ class Linear(nn.Module):
         self.out_dtype = out_dtype
 
     def forward(self, x: Rows) -> Tensor:
-        weight = self.weight
         if len(x) > 1:
-            return MATVEC_OPS[weight.ggml_type](*x, *weight.planes, out_dtype=self.out_dtype)
-        if weight.ggml_type in LINEAR_OPS:
-            return LINEAR_OPS[weight.ggml_type](*x, *weight.planes)
-        return decoded_linear(x[0], weight.tensor)
+            return MATVEC_OPS[self.weight.ggml_type](*x, *self.weight.planes, out_dtype=self.out_dtype)
+        return packed_linear(x[0], self.weight)
+
+
+def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x [..., K] @ weight [N, K].T in x's dtype."""
+    if weight.ggml_type in LINEAR_OPS:
+        return LINEAR_OPS[weight.ggml_type](x, *weight.planes)
+    return decoded_linear(x, weight.tensor)
 
 
 def decoded_linear(x: Tensor, weight: QuantTensor) -> Tensor:

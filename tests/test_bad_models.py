@@ -30,7 +30,6 @@ from gemma4.quant.errors import (
     TruncatedError,
     UnexpectedTensorError,
     UnsupportedArchitectureError,
-    UnsupportedFeatureError,
     UnsupportedTypeError,
 )
 from gemma4.quant.gguf_file import GGUFFile
@@ -210,10 +209,11 @@ def test_type_that_no_one_knows(refuse: Refuse, tmp_path: Path) -> None:
     assert "142" in refuse(path, UnsupportedTypeError, name.decode())
 
 
-def test_mixture_of_experts(refuse: Refuse) -> None:
+def test_experts_announced_but_absent(refuse: Refuse) -> None:
     model = gemma4()
-    model.metadata["gemma4.expert_count"] = 128
-    assert "mixture of experts" in refuse(model, UnsupportedFeatureError, "gemma4.expert_count")
+    keys = {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 64}
+    model.metadata |= {f"gemma4.{key}": value for key, value in keys.items()}
+    assert "ffn_down_exps.weight" in refuse(model, MissingTensorError, "blk.0.ffn_gate_exps.weight")
 
 
 def test_vocabulary_without_a_model(refuse: Refuse) -> None:

@@ -248,11 +248,11 @@ def test_inspect_says_why_a_gemma4_file_is_not_run(cli: Cli, tmp_path: Path) -> 
     assert out.endswith(f"Not a model this library runs: {reason}\n")
 
 
-def test_inspect_names_a_feature_it_does_not_run(cli: Cli, tmp_path: Path) -> None:
+def test_inspect_says_why_a_file_does_not_run(cli: Cli, tmp_path: Path) -> None:
     model = gemma4()
     model.metadata["gemma4.expert_count"] = 128
     report = inspect_json(cli, model.write(tmp_path / "experts.gguf"))
-    assert report["unsupported"]["code"] in ("unsupported_feature", "missing_tensor", "metadata")
+    assert report["unsupported"]["code"] == "metadata"  # how many of them are used is not said
     assert report["config"] is report["fused_gate_up"] is None
     assert report["parameters"] > 0
 

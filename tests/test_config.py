@@ -21,7 +21,6 @@ from gemma4.quant.errors import (
     MissingTensorError,
     ShapeError,
     UnsupportedArchitectureError,
-    UnsupportedFeatureError,
     UnsupportedTypeError,
 )
 from gemma4.quant.gguf_file import GGUFFile
@@ -343,28 +342,54 @@ def test_wrong_embedding(read: Read) -> None:
     refused(read, model, MissingTensorError, "token_embd.weight")
 
 
-# The dense part of the published sizes that need what is not there yet.
+# Dense parts of the published sizes; what comes beside them is metadata here, and tensors in test_family.py.
 E2B = Sizes(35, 1536, (6144,) * 15 + (12288,) * 20, 8, (1, 1), (256, 512), window=512, period=5, k_eq_v=False)
 E4B = Sizes(42, 2560, 10240, 8, (2, 2), (256, 512), window=512, k_eq_v=False)
 MOE = Sizes(30, 2816, 2112, 16, (8, 2), (256, 512))
 
 
-@pytest.mark.parametrize(("sizes", "shared"), [(E2B, 20), (E4B, 18)], ids=["E2B", "E4B"])
-def test_per_layer_embeddings_are_refused_by_name(read: Read, sizes: Sizes, shared: int) -> None:
+def small(sizes: Sizes, shared: int) -> Model:
+    """A file of E2B's or E4B's metadata."""
     model = gemma4(sizes)
     model.metadata |= {
         "gemma4.embedding_length_per_layer_input": 256,
         "gemma4.attention.shared_kv_layers": shared,
         "gemma4.attention.head_count_kv": sizes.kv_heads[0],
     }
-    field = "gemma4.embedding_length_per_layer_input"
-    refused(read, model, UnsupportedFeatureError, field, "per-layer embeddings", "KV layers shared")
+    return model
 
 
-def test_mixture_of_experts_is_refused_by_name(read: Read) -> None:
+@pytest.mark.parametrize(("sizes", "shared"), [(E2B, 20), (E4B, 18)], ids=["E2B", "E4B"])
+def test_layers_that_share_keys_and_values(read: Read, sizes: Sizes, shared: int) -> None:
+    config = read(small(sizes, shared))
+    own = sizes.layers - shared
+    assert config.hidden_size_per_layer_input == 256
+    assert [layer.kv_source for layer in config.layers[:own]] == [None] * own
+    for i, layer in enumerate(config.layers[own:], own):
+        assert layer.kv_source == (own - 1 if sizes.is_full(i) else own - 2)
+        assert config.layers[layer.kv_source].kind is layer.kind
+    assert [layer.intermediate_size for layer in config.layers] == [sizes.ffn_of(i) for i in range(sizes.layers)]
+    assert not any(layer.k_eq_v for layer in config.layers)
+
+
+@pytest.mark.parametrize("shared", [34, 19, 35, 36])
+def test_layers_with_nothing_to_share(read: Read, shared: int) -> None:
+    refused(read, small(E2B, shared), MetadataError, "gemma4.attention.shared_kv_layers", str(shared))
+
+
+def test_mixture_of_experts(read: Read) -> None:
     model = gemma4(MOE)
-    model.metadata |= {"gemma4.expert_count": 128, "gemma4.expert_used_count": 8}
-    refused(read, model, UnsupportedFeatureError, "gemma4.expert_count", "mixture of experts")
+    keys = {"expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 704}
+    model.metadata |= {f"gemma4.{key}": value for key, value in keys.items()}
+    config = read(model)
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (128, 8, 704)
+    assert not config.has_joined_experts
+    for key in ("expert_used_count", "expert_feed_forward_length"):
+        value = model.metadata.pop(f"gemma4.{key}")
+        refused(read, model, MetadataError, f"gemma4.{key}")
+        model.metadata[f"gemma4.{key}"] = value
+    model.metadata["gemma4.expert_used_count"] = 129
+    refused(read, model, MetadataError, "gemma4.expert_used_count", "128 experts")
 
 
 def test_router_without_expert_count(read: Read) -> None:
@@ -373,8 +398,8 @@ def test_router_without_expert_count(read: Read) -> None:
     refused(read, model, MetadataError, "gemma4.expert_count", "router")
 
 
-def test_vocabulary_only_file_names_the_feature_first(unpacked: Callable[[str], Path]) -> None:
-    with GGUFFile.open(unpacked("ggml-vocab-gemma-4.gguf")) as file, pytest.raises(UnsupportedFeatureError):
+def test_vocabulary_only_file(unpacked: Callable[[str], Path]) -> None:
+    with GGUFFile.open(unpacked("ggml-vocab-gemma-4.gguf")) as file, pytest.raises(MetadataError, match="block"):
         Gemma4Config.from_gguf(file)
 
 

@@ -31,6 +31,16 @@ def in_chunks(model: Gemma4, ids: Sequence[int], size: int) -> Tensor:
     return torch.cat(chunks)
 
 
+@pytest.mark.parametrize("size", [100, 33, 17, 7, 1])
+@pytest.mark.parametrize("name", ["e2b", "moe"])
+def test_the_family_equals_llama_cpp_with_float32_gelu(
+    unpacked: Callable[[str], Path], data_dir: Path, name: str, size: int
+) -> None:
+    model = Gemma4.from_gguf(unpacked(f"{name}-f32.gguf"), device="cpu", dtype=torch.float32)
+    ids, expected = golden(data_dir, f"{name}-f32-gelu32.npz")
+    torch.testing.assert_close(in_chunks(model, ids, size), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [100, 33, 32, 17, 16, 7, 1])
 def test_logits_equal_llama_cpp_with_float32_gelu(model: Gemma4, data_dir: Path, size: int) -> None:
     ids, expected = golden(data_dir, "dense-f32-gelu32.npz")

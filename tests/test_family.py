@@ -1,0 +1,131 @@
+"""Whole files in the shape of E2B, E4B and 26B-A4B: plans of full-size headers, and small quantized ones that run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma4 import Gemma4
+from gemma4.config import Gemma4Config
+from gemma4.mapping import plan_load
+from gemma4.quant.errors import MissingTensorError, UnexpectedTensorError
+from gemma4.quant.gguf_file import GGUFFile
+from gemma4.quant.plan import LoadPlan
+from tests.tiny_gguf import Model, Sizes, Tensor, gemma4
+
+E2B = Sizes(35, 1536, (6144,) * 15 + (12288,) * 20, 8, (1, 1), (256, 512), window=512, period=5, k_eq_v=False)
+E4B = Sizes(42, 2560, 10240, 8, (2, 2), (256, 512), window=512, k_eq_v=False)
+A4B = Sizes(30, 2816, 2112, 16, (8, 2), (256, 512))
+SMALL = Sizes(4, 256, 512, 8, (2, 2), (32, 64), vocab=320, window=16, context=512, period=2, k_eq_v=False)
+
+Plan = Callable[[Model], LoadPlan]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    def make(model: Model) -> LoadPlan:
+        with GGUFFile.open(model.write_sparse(tmp_path / "model.gguf")) as file:
+            return plan_load(file, Gemma4Config.from_gguf(file))
+
+    return make
+
+
+def with_per_layer_inputs(sizes: Sizes, shared: int, size: int, *, keeps_unused: bool) -> Model:
+    """A model with per-layer embeddings whose last `shared` layers read other layers' keys and values."""
+    model = gemma4(sizes, {"matrix": "Q4_K"})
+    model.metadata |= {
+        "gemma4.embedding_length_per_layer_input": size,
+        "gemma4.attention.shared_kv_layers": shared,
+    }
+    model.tensors |= {
+        "per_layer_token_embd.weight": Tensor((sizes.vocab, size * sizes.layers), "Q6_K"),
+        "per_layer_model_proj.weight": Tensor((size * sizes.layers, sizes.hidden), "BF16"),
+        "per_layer_proj_norm.weight": Tensor((size,), "F32"),
+    }
+    for i in range(sizes.layers):
+        model.tensors |= {
+            f"blk.{i}.inp_gate.weight": Tensor((size, sizes.hidden), "Q4_K"),
+            f"blk.{i}.proj.weight": Tensor((sizes.hidden, size), "Q4_K"),
+            f"blk.{i}.post_norm.weight": Tensor((sizes.hidden,), "F32"),
+        }
+        if i >= sizes.layers - shared and not keeps_unused:
+            for role in ("attn_k", "attn_v", "attn_k_norm"):
+                del model.tensors[f"blk.{i}.{role}.weight"]
+    return model
+
+
+def with_experts(sizes: Sizes, experts: int, used: int, ffn: int, *, joined: bool) -> Model:
+    model = gemma4(sizes, {"matrix": "Q4_K", "ffn_down": "Q8_0"})  # 2112 is no multiple of 256
+    counts = {"expert_count": experts, "expert_used_count": used, "expert_feed_forward_length": ffn}
+    model.metadata |= {f"gemma4.{key}": count for key, count in counts.items()}
+    hidden = sizes.hidden
+    first = {"gate_up": 2 * ffn} if joined else {"gate": ffn, "up": ffn}
+    for i in range(sizes.layers):
+        block = f"blk.{i}."
+        model.tensors |= {
+            f"{block}ffn_{name}_exps.weight": Tensor((experts, rows, hidden), "Q4_K") for name, rows in first.items()
+        }
+        model.tensors |= {
+            f"{block}ffn_down_exps.weight": Tensor((experts, hidden, ffn), "Q8_0"),
+            f"{block}ffn_down_exps.scale": Tensor((experts,), "F32"),
+            f"{block}ffn_gate_inp.weight": Tensor((experts, hidden), "F32"),
+            f"{block}ffn_gate_inp.scale": Tensor((hidden,), "F32"),
+        }
+        for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"):
+            model.tensors[f"{block}{name}.weight"] = Tensor((hidden,), "F32")
+    return model
+
+
+@pytest.mark.parametrize("keeps_unused", [False, True])
+@pytest.mark.parametrize(("sizes", "shared"), [(E2B, 20), (E4B, 18)], ids=["E2B", "E4B"])
+def test_plan_of_the_small_sizes(plan: Plan, sizes: Sizes, shared: int, keeps_unused: bool) -> None:
+    made = plan(with_per_layer_inputs(sizes, shared, 256, keeps_unused=keeps_unused))
+    targets = made.by_target()
+    assert targets["embed_tokens_per_layer.weight"].shape == (sizes.vocab, 256 * sizes.layers)
+    last = sizes.layers - 1
+    assert not any(f"layers.{last}.self_attn.{name}.weight" in made for name in ("k_proj", "v_proj", "k_norm"))
+    assert f"layers.{last}.self_attn.q_proj.weight" in made
+    assert str(made.fusions[0]) == f"fused gate+up on {sizes.layers} of {sizes.layers} MLP layers (0 left)"
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_plan_of_a_mixture_of_experts(plan: Plan, joined: bool) -> None:
+    targets = plan(with_experts(A4B, 128, 8, 704, joined=joined)).by_target()
+    name, rows = ("gate_up_proj", 1408) if joined else ("up_proj", 704)
+    assert targets[f"layers.29.experts.{name}.weight"].shape == (128 * rows, 2816)
+    assert targets["layers.29.experts.down_proj.weight"].shape == (128 * 2816, 704)
+
+
+def test_missing_and_unexpected(plan: Plan) -> None:
+    model = with_per_layer_inputs(SMALL, 2, 256, keeps_unused=False)
+    del model.tensors["blk.1.proj.weight"]
+    with pytest.raises(MissingTensorError, match=r"blk\.1\.proj\.weight"):
+        plan(model)
+    model = with_experts(SMALL, 4, 2, 64, joined=True)
+    model.tensors["blk.0.ffn_up_exps.weight"] = Tensor((4, 64, SMALL.hidden), "Q4_K")
+    with pytest.raises(UnexpectedTensorError, match="ffn_up_exps"):
+        plan(model)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        with_per_layer_inputs(SMALL, 2, 256, keeps_unused=False),
+        with_experts(SMALL, 8, 2, 256, joined=True),
+        with_experts(SMALL, 8, 2, 256, joined=False),
+    ],
+    ids=["per-layer inputs", "joined experts", "experts"],
+)
+def test_packed_equals_dense(model: Model, tmp_path: Path) -> None:
+    path = model.write(tmp_path / "model.gguf")
+    ids = torch.randint(0, SMALL.vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    packed = Gemma4.from_gguf(path, device="cpu")
+    dense = Gemma4.from_gguf(path, device="cpu", dequantize=True)
+    torch.testing.assert_close(packed.logits(ids), dense.logits(ids), rtol=1e-4, atol=1e-4)
+    assert packed.generate_ids(ids, 4) == dense.generate_ids(ids, 4)
+    packed.save_packed(tmp_path / "saved.safetensors")
+    again = Gemma4.from_packed(tmp_path / "saved.safetensors", device="cpu")
+    assert torch.equal(again.logits(ids), packed.logits(ids))
