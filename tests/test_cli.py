@@ -358,18 +358,20 @@ def test_generate_streams_only_the_text_to_stdout(cli: Cli, real_gguf: Path, rea
     code, out, err = cli(*args)
     assert (code, out) == (0, expected + "\n")
     lines = err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert lines[0].startswith("Gemma 3 270m (gemma3): 268 M parameters, 246.6 MB packed, held dense; float32 on cpu")
     assert lines[1] == "fused gate+up on 0 of 18 MLP layers (18 left: 18 Q5_0+Q5_0)"
-    assert "prompt 6 tokens" in lines[2]
-    assert "generated 6 tokens" in lines[2]
+    assert lines[2] == "fused q+k+v on 9 of 18 attention layers (9 left: 9 Q5_0+Q5_0+Q8_0)"
+    assert lines[3] == "fused q+k on 9 of 9 other attention layers (0 left)"
+    assert "prompt 6 tokens" in lines[4]
+    assert "generated 6 tokens" in lines[4]
 
 
 def test_generate_json_is_one_object_and_follows_the_seed(cli: Cli, real_gguf: Path, real_run: Run) -> None:
     args = generate_args(real_gguf, "--json", "--temperature", "1.5", "--top-k", "0", "--top-p", "1", "--seed", "7")
     code, out, err = cli(*args, stdin="Once upon a time, é".encode())
     assert code == 0
-    assert len(err.splitlines()) == 2  # no stats: stderr is no terminal
+    assert len(err.splitlines()) == 4  # no stats: stderr is no terminal
     result = json.loads(out)
     options = {"temperature": 1.5, "top_k": 0, "top_p": 1.0}
     same = real_run.model.generate("Once upon a time, é", 6, seed=7, **options)

@@ -66,7 +66,9 @@ def test_every_mlp_of_a_q4_k_m_file_is_fused(plan: Plan, sizes: object, q4_k: in
     assert entry.parts == (Part("blk.7.ffn_gate.weight", 0, ffn), Part("blk.7.ffn_up.weight", ffn, 2 * ffn))
     assert entry.file_bytes == 2 * ffn * hidden // 256 * 144
     assert "layers.7.mlp.gate_proj.weight" not in made
-    assert len(made.entries) == len(model.tensors) - layers - 1
+    joined = sum(len(entry.parts) - 1 for entry in made.entries)
+    assert joined == sum(len(fusion.fused) for fusion in made.fusions) + len(made.fusions[1].fused)  # q+k+v are three
+    assert len(made.entries) == len(model.tensors) - joined - 1
     assert sum(e.file_bytes for e in made.entries) + 4 * 256 == sum(t.nbytes for t in model.tensors.values())
     assert made.describe().splitlines()[-1] == "lm_head tied to embed_tokens"
 
@@ -74,7 +76,7 @@ def test_every_mlp_of_a_q4_k_m_file_is_fused(plan: Plan, sizes: object, q4_k: in
 def test_pairs_of_other_types_are_left_and_counted(plan: Plan) -> None:
     types = q4_k_m(GEMMA4_31B) | {"blk.3.ffn_up": "Q6_K", "blk.41.ffn_gate": "Q6_K", "blk.41.ffn_up": "Q6_K"}
     made = plan(gemma4(GEMMA4_31B, types))
-    (fusion,) = made.fusions
+    fusion = made.fusions[0]
     assert str(fusion) == "fused gate+up on 58 of 60 MLP layers (2 left: 1 Q4_K+Q6_K, 1 Q6_K+Q6_K)"
     assert str(fusion) in made.describe()
     assert fusion.left == ((3, "Q4_K+Q6_K"), (41, "Q6_K+Q6_K"))
