@@ -31,6 +31,12 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / statistics.median(timed(lambda: target.copy_(source), 10))
 
 
+def anonymous_bytes() -> int:
+    """Host memory of this process that no file backs."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
 def timed(run: object, repeats: int) -> list[float]:
     """Seconds of each of `repeats` runs on the device."""
     assert callable(run)
@@ -117,6 +123,7 @@ def main() -> None:
     model = Gemma4.from_gguf(args.file, device="cuda", max_seq_len=max(contexts + prompts) + 256)
     torch.cuda.synchronize()
     load_s = time.perf_counter() - begin
+    host_bytes = anonymous_bytes()
     packed = sum(p.nbytes for p in model.model.parameters())
     decode = time_decode(model, contexts, SamplingParams(temperature=0), args.steps)
     fill = time_prefill(model, prompts, 3)
@@ -124,7 +131,8 @@ def main() -> None:
         profile(model, 512)
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
-    print(f"{model.config.name}: {packed / 1e9:.2f} GB packed, loaded in {load_s:.2f} s\n")
+    print(f"{model.config.name}: {packed / 1e9:.2f} GB packed, loaded in {load_s:.2f} s,", end=" ")
+    print(f"{host_bytes / 1e9:.2f} GB of anonymous host memory then\n")
     print("what               tokens/s   ms/token  weights / copy bandwidth")
     for context, s in decode.items():
         print(f"decode  @{context:<8} {1 / s:10.1f} {1e3 * s:10.3f} {packed / s / bandwidth:12.0%}")
@@ -138,6 +146,7 @@ def main() -> None:
         "copy_bytes_per_s": bandwidth,
         "weight_bytes": packed,
         "load_s": load_s,
+        "host_anonymous_bytes": host_bytes,
         "decode_tokens_per_s": {c: 1 / s for c, s in decode.items()},
         "prefill_tokens_per_s": {n: n / s for n, s in fill.items()},
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),

@@ -110,18 +110,23 @@ def test_missing_and_unexpected(plan: Plan) -> None:
         plan(model)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        with_per_layer_inputs(SMALL, 2, 256, keeps_unused=False),
-        with_experts(SMALL, 8, 2, 256, joined=True),
-        with_experts(SMALL, 8, 2, 256, joined=False),
-    ],
-    ids=["per-layer inputs", "joined experts", "experts"],
-)
+MODELS = {
+    "per-layer inputs": with_per_layer_inputs(SMALL, 2, 256, keeps_unused=False),
+    "joined experts": with_experts(SMALL, 8, 2, 256, joined=True),
+    "experts": with_experts(SMALL, 8, 2, 256, joined=False),
+}
+any_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+
+
+def prompt(length: int) -> list[int]:
+    ids: list[int] = torch.randint(0, SMALL.vocab, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    return ids
+
+
+@any_model
 def test_packed_equals_dense(model: Model, tmp_path: Path) -> None:
     path = model.write(tmp_path / "model.gguf")
-    ids = torch.randint(0, SMALL.vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = prompt(40)
     packed = Gemma4.from_gguf(path, device="cpu")
     dense = Gemma4.from_gguf(path, device="cpu", dequantize=True)
     torch.testing.assert_close(packed.logits(ids), dense.logits(ids), rtol=1e-4, atol=1e-4)
@@ -129,3 +134,28 @@ def test_packed_equals_dense(model: Model, tmp_path: Path) -> None:
     packed.save_packed(tmp_path / "saved.safetensors")
     again = Gemma4.from_packed(tmp_path / "saved.safetensors", device="cpu")
     assert torch.equal(again.logits(ids), packed.logits(ids))
+
+
+@any_model
+def test_decoding_on_quantized_rows(model: Model, tmp_path: Path) -> None:
+    path = model.write(tmp_path / "model.gguf")
+    exact = Gemma4.from_gguf(path, device="cpu")
+    quantized = Gemma4.from_gguf(path, device="cpu")
+    quantized.model.max_packed_rows = 8
+    for length in (1, 5):
+        torch.testing.assert_close(quantized.logits(prompt(length)), exact.logits(prompt(length)), rtol=0, atol=5e-3)
+
+
+@pytest.mark.gpu
+@any_model
+def test_on_a_gpu(model: Model, tmp_path: Path) -> None:
+    path = model.write(tmp_path / "model.gguf")
+    ids = prompt(60)
+    exact = Gemma4.from_gguf(path, device="cuda", dtype=torch.float32)
+    half = Gemma4.from_gguf(path, device="cuda")
+    reference = exact.logits(ids).log_softmax(-1)
+    divergence = (reference.exp() * (reference - half.logits(ids).log_softmax(-1))).sum(-1)
+    assert divergence.mean() < 5e-3
+    cpu = Gemma4.from_gguf(path, device="cpu").logits(ids)
+    torch.testing.assert_close(exact.logits(ids).cpu(), cpu, rtol=0, atol=1e-3)
+    assert len(half.generate_ids(ids, 8)) == 8

@@ -26,6 +26,7 @@ from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.loader import load_weights
 from gemma4.quant.plan import LoadEntry, LoadPlan
 from gemma4.quant.quant_tensor import QuantTensor
+from tests.anonymous_memory import Meter
 from tests.tiny_gguf import GEMMA4_31B, Model, gemma4, q4_k_m
 
 CPU = torch.device("cpu")
@@ -348,3 +349,11 @@ def test_weights_are_named_by_the_file(tiny: Path) -> None:
     )
     with pytest.raises(KeyError):
         model.weight("blk.9.ffn_up.weight")
+
+
+@pytest.mark.gpu
+def test_host_memory_of_loading_to_a_gpu(large: Path) -> None:
+    with Meter() as meter:
+        model = Gemma4.from_gguf(large, device="cuda")
+    assert model.device.type == "cuda"
+    assert meter.peak_bytes < 3 << 29  # 1.5 GiB, what CUDA itself takes included
