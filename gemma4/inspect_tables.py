@@ -68,6 +68,11 @@ def _config(config: Gemma4Config) -> Iterable[tuple[str, str]]:
             reach = f" (window {config.sliding_window})" if kind is LayerKind.SLIDING else ""
             yield f"{kind} layers", f"{len(layers)}{reach}: {_shapes(layers)}"
     yield "intermediate size", _distinct(layer.intermediate_size for layer in config.layers)
+    if config.num_experts:
+        chosen, size = config.num_experts_per_tok, config.moe_intermediate_size
+        yield "experts", f"{config.num_experts}, {chosen} for a token, intermediate size {size}"
+    if config.hidden_size_per_layer_input:
+        yield "per-layer inputs", f"of size {config.hidden_size_per_layer_input}"
     scaling = f", positions / {config.rope_scaling_factor:g}" if config.rope_scaling_factor != 1 else ""
     proportional = ", proportional" if config.rope_freq_factors is not None else ""
     yield "RoPE base", f"{config.rope_theta_sliding:g} sliding, {config.rope_theta_full:g} full{proportional}{scaling}"
@@ -81,7 +86,12 @@ def _shapes(layers: list[LayerConfig]) -> str:
     kv_heads = _distinct(layer.num_key_value_heads for layer in layers)
     sizes = _distinct(layer.head_dim for layer in layers)
     k_eq_v = sum(layer.k_eq_v for layer in layers)
-    return f"{heads} heads, {kv_heads} KV heads, head size {sizes}" + (f", K = V on {k_eq_v}" if k_eq_v else "")
+    shared = sum(layer.kv_source is not None for layer in layers)
+    return (
+        f"{heads} heads, {kv_heads} KV heads, head size {sizes}"
+        + (f", K = V on {k_eq_v}" if k_eq_v else "")
+        + (f", {shared} read another layer's KV" if shared else "")
+    )
 
 
 def _distinct(values: Iterable[int]) -> str:

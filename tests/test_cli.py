@@ -248,6 +248,14 @@ def test_inspect_says_why_a_gemma4_file_is_not_run(cli: Cli, tmp_path: Path) -> 
     assert out.endswith(f"Not a model this library runs: {reason}\n")
 
 
+def test_inspect_shows_what_the_family_adds(cli: Cli, unpacked: Callable[[str], Path]) -> None:
+    _, out, _ = cli("inspect", str(unpacked("e2b-f32.gguf")))
+    assert "of size 16" in out
+    assert "1 read another layer's KV" in out
+    _, out, _ = cli("inspect", str(unpacked("moe-f32.gguf")))
+    assert "8, 2 for a token, intermediate size 48" in out
+
+
 def test_inspect_says_why_a_file_does_not_run(cli: Cli, tmp_path: Path) -> None:
     model = gemma4()
     model.metadata["gemma4.expert_count"] = 128
