@@ -2,13 +2,25 @@
 
 A new format is a module with a registered class, imported here:
 
-    @register_format(GGMLType.IQ4_NL)
+    @register_format(GGMLType.Q1_0)
     @dataclass(frozen=True, eq=False)
-    class IQ4NLTensor(QuantTensor): ...
+    class Q1_0Tensor(QuantTensor): ...
 """
 
 from __future__ import annotations
 
+from gemma4.quant.block_quants import MXFP4Tensor, NVFP4Tensor, Q2KTensor, Q3KTensor, TQ1_0Tensor, TQ2_0Tensor
+from gemma4.quant.codebook_quants import (
+    IQ1MTensor,
+    IQ1STensor,
+    IQ2STensor,
+    IQ2XSTensor,
+    IQ2XXSTensor,
+    IQ3STensor,
+    IQ3XXSTensor,
+    IQ4NLTensor,
+    IQ4XSTensor,
+)
 from gemma4.quant.dense import BF16Tensor, F16Tensor, F32Tensor
 from gemma4.quant.errors import UnsupportedTypeError
 from gemma4.quant.ggml_types import GGMLType, describe_type
@@ -21,7 +33,20 @@ __all__ = [
     "CudaCoalescedInt4Tensor",
     "F16Tensor",
     "F32Tensor",
+    "IQ1MTensor",
+    "IQ1STensor",
+    "IQ2STensor",
+    "IQ2XSTensor",
+    "IQ2XXSTensor",
+    "IQ3STensor",
+    "IQ3XXSTensor",
+    "IQ4NLTensor",
+    "IQ4XSTensor",
+    "MXFP4Tensor",
+    "NVFP4Tensor",
     "Plane",
+    "Q2KTensor",
+    "Q3KTensor",
     "Q4_0Tensor",
     "Q4_1Tensor",
     "Q5KTensor",
@@ -30,6 +55,8 @@ __all__ = [
     "Q6KTensor",
     "Q8_0Tensor",
     "QuantTensor",
+    "TQ1_0Tensor",
+    "TQ2_0Tensor",
     "container_for",
     "register_format",
 ]

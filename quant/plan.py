@@ -20,8 +20,9 @@ from gemma4.quant.transforms import LAYER, Part, Transform
 if TYPE_CHECKING:
     from gemma4.quant.gguf_file import TensorInfo
 
-# The types that have a container; kept here so that planning does not import torch.
-LOADABLE_TYPES: Final = frozenset(
+# The types that are multiplied as they are, by a kernel or as dense matrices. Kept here, and the next, so that planning
+# does not import torch.
+KERNEL_TYPES: Final = frozenset(
     {
         GGMLType.F32,
         GGMLType.F16,
@@ -36,7 +37,26 @@ LOADABLE_TYPES: Final = frozenset(
         GGMLType.Q6_K,
     }
 )
+# The types that have a container.
+LOADABLE_TYPES: Final = KERNEL_TYPES | {
+    GGMLType.Q2_K,
+    GGMLType.Q3_K,
+    GGMLType.IQ4_NL,
+    GGMLType.IQ4_XS,
+    GGMLType.IQ3_XXS,
+    GGMLType.IQ3_S,
+    GGMLType.IQ2_XXS,
+    GGMLType.IQ2_XS,
+    GGMLType.IQ2_S,
+    GGMLType.IQ1_S,
+    GGMLType.IQ1_M,
+    GGMLType.MXFP4,
+    GGMLType.NVFP4,
+    GGMLType.TQ1_0,
+    GGMLType.TQ2_0,
+}
 
+_DECODED: Final = "no kernel of its own; rows are decoded, then multiplied"
 _NAMES_IN_MESSAGE: Final = 8
 
 
@@ -101,6 +121,11 @@ class LoadPlan:
             self, entries=tuple(replace(e, type=dense_type) if len(e.shape) > 1 else e for e in self.entries)
         )
 
+    @property
+    def decoded_types(self) -> tuple[GGMLType, ...]:
+        """Types of matrices that no kernel multiplies as they are: their rows are decoded whenever they are used."""
+        return tuple(sorted({e.type for e in self.entries if len(e.shape) > 1} - KERNEL_TYPES))
+
     def source(self, name: str) -> tuple[LoadEntry, Part]:
         """Where a tensor of the file lies in the model: the inverse of the plan. Raises KeyError."""
         for entry in self.entries:
@@ -110,7 +135,7 @@ class LoadPlan:
         raise KeyError(name)
 
     def describe(self) -> str:
-        """A table of the weights by type, then one line per fusion."""
+        """A table of the weights by type, then one line per type without a kernel and per fusion."""
         tensors: Counter[GGMLType] = Counter()
         weights: Counter[GGMLType] = Counter()
         size: Counter[GGMLType] = Counter()
@@ -132,6 +157,7 @@ class LoadPlan:
             )
             for row in rows
         ]
+        lines += [f"{kind.name}: {_DECODED}" for kind in self.decoded_types]
         lines += [str(fusion) for fusion in self.fusions]
         lines.append("lm_head tied to embed_tokens" if self.is_head_tied else "lm_head has its own weights")
         return "\n".join(lines)

@@ -30,7 +30,7 @@ _FORMATS: dict[GGMLType, type[QuantTensor]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One plane of a format: [N, K / weights_per_item] of `dtype`, with `items` appended where it is given.
+    """One plane of a format: [N, K / weights_per_item * columns] of `dtype`, with `items` appended where it is given.
 
     start, stop: where its bytes stand in a block of the file. order: how they are rearranged; None keeps them.
     """
@@ -41,10 +41,11 @@ class Plane:
     stop: int
     items: int | None = None
     order: BitOrder | None = None
+    columns: int = 1
 
     def trailing(self, k: int) -> tuple[int, ...]:
         """Shape of one row's share of the plane, for rows of `k` weights."""
-        columns = k // self.weights_per_item
+        columns = k // self.weights_per_item * self.columns
         return (columns,) if self.items is None else (columns, self.items)
 
 
@@ -80,7 +81,7 @@ class QuantTensor:
         """(N, K): rows, and weights in a row."""
         name, plane = next(iter(self.planes.items()))
         n, columns = getattr(self, name).shape
-        return n, columns * plane.weights_per_item
+        return n, columns // plane.columns * plane.weights_per_item
 
     @property
     def device(self) -> torch.device:
@@ -210,16 +211,22 @@ class QuantTensor:
 
     @classmethod
     def _fields(cls, blocks: Tensor) -> dict[str, Tensor]:
-        """Views of uint8 [n, row_bytes], contiguous: int16 [B, bytes / 2] for each plane, of all B blocks."""
-        type_size = BLOCK_FORMATS[cls.ggml_type].type_size
-        halves = blocks.view(torch.int16).view(blocks.numel() // type_size, type_size // 2)
-        return {name: halves[:, plane.start // 2 : plane.stop // 2] for name, plane in cls.planes.items()}
+        """Views of uint8 [n, row_bytes], contiguous: words [B, bytes / size] for each plane, of all B blocks."""
+        type_size, word = BLOCK_FORMATS[cls.ggml_type].type_size, cls._word()
+        size = word.itemsize
+        words = blocks.view(word).view(blocks.numel() // type_size, type_size // size)
+        return {name: words[:, plane.start // size : plane.stop // size] for name, plane in cls.planes.items()}
+
+    @classmethod
+    def _word(cls) -> torch.dtype:
+        """What is copied at a time: two bytes, or one where blocks have an odd number of them."""
+        return torch.uint8 if BLOCK_FORMATS[cls.ggml_type].type_size % 2 else torch.int16
 
     def _items(self, name: str) -> Tensor:
-        """A plane that keeps the bytes of the file, as int16 [B, bytes / 2]."""
-        plane = self.planes[name]
+        """A plane that keeps the bytes of the file, as words [B, bytes / size]."""
+        plane, word = self.planes[name], self._word()
         tensor: Tensor = getattr(self, name)
-        return tensor.view(torch.int16).view(-1, (plane.stop - plane.start) // 2)
+        return tensor.view(word).view(-1, (plane.stop - plane.start) // word.itemsize)
 
     @classmethod
     def _row_slices(cls, n: int, k: int) -> Iterator[slice]:

@@ -192,11 +192,11 @@ def test_numbers_that_would_turn_every_output_to_nan(refuse: Refuse, key: str, v
 
 
 def test_types_without_support_are_listed_at_once(refuse: Refuse) -> None:
-    types = {"ffn_up": "IQ2_XXS", "ffn_gate": "IQ2_XXS", "ffn_down": "IQ3_S", "attn_q": "Q2_K", "attn_k": "IQ4_NL"}
+    types = {"ffn_up": "Q1_0", "ffn_gate": "Q1_0", "ffn_down": "Q8_1", "attn_q": "Q8_K", "attn_k": "I8"}
     message = refuse(gemma4(types=types), UnsupportedTypeError, "blk.0.attn_q.weight")
-    for kind in ("IQ2_XXS", "IQ3_S", "Q2_K", "IQ4_NL"):
+    for kind in ("Q1_0", "Q8_1", "Q8_K", "I8"):
         assert f"{kind}: blk.0." in message
-    assert "supported are BF16, F16, F32, Q4_0" in message
+    assert "supported are BF16, F16, F32, IQ1_M" in message
 
 
 def test_type_that_no_one_knows(refuse: Refuse, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from gemma4.quant.errors import (
 )
 from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.gguf_file import GGUFFile, TensorInfo
-from gemma4.quant.plan import LOADABLE_TYPES, LoadPlan
+from gemma4.quant.linear import LINEAR_OPS, MATVEC_OPS
+from gemma4.quant.plan import KERNEL_TYPES, LOADABLE_TYPES, LoadPlan
 from gemma4.quant.transforms import Part
 from tests.tiny_gguf import GEMMA3_27B, GEMMA4_12B, GEMMA4_31B, Model, gemma3, gemma4, q4_k_m
 
@@ -172,6 +173,11 @@ def test_every_type_with_a_container_can_be_planned_and_no_other() -> None:
     assert frozenset(formats.registered_formats()) == LOADABLE_TYPES
 
 
+def test_types_with_kernels_are_those_with_an_op_and_the_dense_ones() -> None:
+    assert frozenset(LINEAR_OPS) | {GGMLType.F32, GGMLType.F16, GGMLType.BF16} == KERNEL_TYPES
+    assert frozenset(MATVEC_OPS) <= KERNEL_TYPES < LOADABLE_TYPES
+
+
 @pytest.mark.parametrize("make", [gemma4, gemma3])
 def test_each_missing_tensor_is_named(plan: Plan, make: Callable[[], Model]) -> None:
     noticed_elsewhere = ("token_embd.weight", "rope_freqs.weight", "layer_output_scale.weight")
@@ -227,7 +233,7 @@ def test_swapped_tensors_are_noticed(plan: Plan, swap: tuple[str, str]) -> None:
 
 
 def test_all_types_without_container_are_listed_at_once(plan: Plan) -> None:
-    kinds = ("IQ2_XXS", "IQ3_S", "Q2_K", "TQ1_0", "MXFP4", "I8", "F64")
+    kinds = ("Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "F64")
     names = [f"blk.{i}.{role}.weight" for i in range(4) for role in ("ffn_up", "ffn_down")][: len(kinds)]
     model = gemma4()
     for name, kind in zip(names, kinds, strict=True):
@@ -241,7 +247,7 @@ def test_all_types_without_container_are_listed_at_once(plan: Plan) -> None:
 
 
 def test_many_names_are_cut_short(plan: Plan) -> None:
-    message = refused(plan, gemma4(types={"matrix": "IQ4_XS"}), UnsupportedTypeError, "token_embd.weight")
+    message = refused(plan, gemma4(types={"matrix": "Q1_0"}), UnsupportedTypeError, "token_embd.weight")
     assert "and 19 more" in message
     assert len(message) < 600
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import pytest
 import torch
 
@@ -9,7 +10,9 @@ from gemma4.quant.errors import UnsupportedTypeError
 from gemma4.quant.formats import QuantTensor, container_for, register_format
 from gemma4.quant.ggml_types import BLOCK_FORMATS, GGMLType
 
-SUPPORTED = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "F32", "F16", "BF16")
+DENSE = ("F32", "F16", "BF16")
+DECODABLE = [t.name for t in GGMLType if int(t) in map(int, gguf.quants._type_traits)]
+SUPPORTED = sorted({*DENSE, *DECODABLE})
 
 
 @pytest.mark.parametrize("ggml_type", list(GGMLType), ids=lambda t: t.name)
