@@ -112,6 +112,7 @@ class FileReport:
             "tensor_types": {kind.name: total.tensors for kind, total in self.types.items()},
             "fused_gate_up": None if gate_up is None else len(gate_up.fused),
             "unfused_gate_up": None if gate_up is None else len(gate_up.left),
+            "decoded_types": None if self.plan is None else [kind.name for kind in self.plan.decoded_types],
             "config": None if self.config is None else _config_json(self.config),
             "unsupported": unsupported and {"code": unsupported.code, "message": str(unsupported)},
             "metadata": {key: _json_value(value) for key, value in self.metadata.items()},

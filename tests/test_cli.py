@@ -46,6 +46,7 @@ JSON_KEYS = {
     "tensor_types",
     "fused_gate_up",
     "unfused_gate_up",
+    "decoded_types",
     "config",
     "unsupported",
     "metadata",
