@@ -231,6 +231,7 @@ class TextModel(nn.Module):
         """
         make = PackedRows() if tokens.shape[0] <= self.max_packed_rows else DenseRows(self.dtype)
         layers = cast("Sequence[DecoderLayer]", self.layers)
+        last = layers[-1]
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
         h: Tensor = self.embed_tokens(tokens) * self.config.hidden_size**0.5
         x = make.normed(h, layers[0].input_layernorm)
@@ -239,13 +240,14 @@ class TextModel(nn.Module):
         for layer, layer_cache, next_norm, own_input in steps:
             inv_freq = getattr(self, f"inv_freq_{layer.kind}")
             h, y = layer(h, x, make, input_pos, inv_freq, layer_cache, own_input)
-            if next_norm is self.norm:
-                cache.commit(input_pos)
-            if next_norm is self.norm and num_logits == 0:
-                return h.new_empty(0, self.config.vocab_size)
-            if next_norm is self.norm and num_logits is not None:
-                h, y = h[h.shape[0] - num_logits :], y[y.shape[0] - num_logits :]
-            h, x = make.residual_normed(h, y, layer.closing_norm, layer.layer_scalar, next_norm)
+            if layer is not last:
+                h, x = make.residual_normed(h, y, layer.closing_norm, layer.layer_scalar, next_norm)
+        cache.commit(input_pos)
+        if num_logits == 0:
+            return h.new_empty(0, self.config.vocab_size)
+        if num_logits is not None:
+            h, y = h[-num_logits:], y[-num_logits:]
+        _, x = make.residual_normed(h, y, last.closing_norm, last.layer_scalar, self.norm)
         logits: Tensor = self.lm_head(x).float()
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap

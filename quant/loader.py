@@ -131,12 +131,14 @@ def _unpack_on_gpu(slices: list[_Slice], file: GGUFFile, device: torch.device, p
 
     def move(item: _Slice) -> None:
         pinned, stream = stations.get()
-        with torch.cuda.stream(stream):
-            staged = pinned[: item.nbytes]
-            staged.copy_(item.view(file))
-            item.unpack(staged.to(device, non_blocking=True))
-            stream.synchronize()
-        stations.put((pinned, stream))
+        try:
+            with torch.cuda.stream(stream):
+                staged = pinned[: item.nbytes]
+                staged.copy_(item.view(file))
+                item.unpack(staged.to(device, non_blocking=True))
+                stream.synchronize()
+        finally:
+            stations.put((pinned, stream))  # a worker that fails must not leave the others waiting
         progress(item.nbytes)
 
     with ThreadPoolExecutor(GPU_WORKERS) as pool:
