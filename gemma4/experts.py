@@ -60,8 +60,8 @@ class Experts(nn.Module):
         return out
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = self._halves([packed_linear(x, self._rows_of(name, expert)) for name in self.first])
-        return packed_linear(gelu_mul_reference(gate, up), self._rows_of("down_proj", expert))
+        gate, up = self._halves([self._linear(name, expert, x) for name in self.first])
+        return self._linear("down_proj", expert, gelu_mul_reference(gate, up))
 
     def _one_token(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """As `forward`, for x [H], without the host knowing which experts were chosen."""
@@ -78,10 +78,10 @@ class Experts(nn.Module):
         assert isinstance(weight, PackedWeight)
         return weight
 
-    def _rows_of(self, name: str, expert: int) -> PackedWeight:
+    def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
         weight = self._weight(name)
         rows = weight.shape[0] // self.num_experts
-        return weight.rows(expert * rows, (expert + 1) * rows)
+        return packed_linear(x, weight, slice(expert * rows, (expert + 1) * rows))
 
     def _gather(self, name: str, experts: Tensor) -> Tensor:
         """float32 [S, rows of an expert, columns] of the chosen experts."""

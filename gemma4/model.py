@@ -24,7 +24,7 @@ from gemma4.quant.errors import MissingTensorError
 from gemma4.quant.linear import MATVEC_OPS, Embedding, Linear, PackedWeight, Rows
 from gemma4.quant.plan import LoadEntry, LoadPlan
 from gemma4.rope import inverse_frequencies
-from gemma4.rows import DenseRows, PackedRows, RMSNorm, RowMaker
+from gemma4.rows import DenseRows, PackedRows, RMSNorm, RowMaker, closed
 
 
 class Weights:
@@ -144,7 +144,7 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm_2 = weights.norm("pre_feedforward_layernorm_2", eps)
             self.post_feedforward_layernorm_2 = weights.norm("post_feedforward_layernorm_2", eps)
         self.has_per_layer_input = config.hidden_size_per_layer_input > 0
-        if config.hidden_size_per_layer_input:
+        if self.has_per_layer_input:
             self.per_layer_input_gate = weights.linear("per_layer_input_gate")
             self.per_layer_projection = weights.linear("per_layer_projection")
             self.post_per_layer_input_norm = weights.norm("post_per_layer_input_norm", eps)
@@ -177,7 +177,7 @@ class DecoderLayer(nn.Module):
             y = self.add_experts(h, y)
         if per_layer_input is None:
             return h, y
-        h = make.closed(h, y, self.post_feedforward_layernorm)
+        h = closed(h, y, self.post_feedforward_layernorm)
         gate = self.per_layer_input_gate(make.plain(h))
         return h, self.per_layer_projection(make.gelu_mul(gate, per_layer_input.to(gate.dtype)))
 

@@ -32,9 +32,6 @@ class RowMaker(Protocol):
     def plain(self, x: Tensor) -> Rows:
         """x [M, K] as it is."""
 
-    def closed(self, h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
-        """h + post_norm(y), float32."""
-
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         """norm(h)."""
 
@@ -56,9 +53,6 @@ class DenseRows:
     def plain(self, x: Tensor) -> Rows:
         return (x.to(self.dtype),)
 
-    def closed(self, h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
-        return _closed(h, y, post_norm)
-
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         return (rms_norm(h, norm.weight, norm.eps, self.dtype),)
 
@@ -79,9 +73,6 @@ class PackedRows:
         rows: Rows = quantize_activations(x)
         return rows
 
-    def closed(self, h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
-        return _closed(h, y, post_norm)
-
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         rows: Rows = rms_norm_quantize(h, norm.weight, norm.eps)
         return rows
@@ -97,6 +88,7 @@ class PackedRows:
         return rows
 
 
-def _closed(h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
+def closed(h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:
+    """h + post_norm(y), float32 [M, H]: the end of a branch that no matrix product follows."""
     out: Tensor = h + rms_norm(y, post_norm.weight, post_norm.eps, torch.float32)
     return out

@@ -85,13 +85,11 @@ class PackedWeight(nn.Module):
     @property
     def tensor(self) -> QuantTensor:
         """The weight as a container that shares this module's storage."""
-        return self._container.from_planes(dict(zip(self._container.planes, self.planes, strict=True)))
+        return self.wrap(self.planes)
 
-    def rows(self, start: int, stop: int) -> PackedWeight:
-        """Rows [start, stop) on the same storage."""
-        part = PackedWeight(self.ggml_type, (stop - start, self.shape[1]))
-        part.assign(self.tensor.slice_rows(start, stop))
-        return part
+    def wrap(self, planes: tuple[Tensor, ...]) -> QuantTensor:
+        """Planes of some of the rows as a container."""
+        return self._container.from_planes(dict(zip(self._container.planes, planes, strict=True)))
 
     def extra_repr(self) -> str:
         return f"{self.ggml_type.name} {list(self.shape)}"
@@ -114,11 +112,12 @@ class Linear(nn.Module):
         return packed_linear(x[0], self.weight)
 
 
-def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x [..., K] @ weight [N, K].T in x's dtype."""
+def packed_linear(x: Tensor, weight: PackedWeight, rows: slice | None = None) -> Tensor:
+    """x [..., K] @ weight [N, K].T in x's dtype; rows: of weight, None for all."""
+    planes = weight.planes if rows is None else tuple(plane[rows] for plane in weight.planes)
     if weight.ggml_type in LINEAR_OPS:
-        return LINEAR_OPS[weight.ggml_type](x, *weight.planes)
-    return decoded_linear(x, weight.tensor)
+        return LINEAR_OPS[weight.ggml_type](x, *planes)
+    return decoded_linear(x, weight.wrap(planes))
 
 
 def decoded_linear(x: Tensor, weight: QuantTensor) -> Tensor:

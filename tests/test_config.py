@@ -24,7 +24,19 @@ from gemma4.quant.errors import (
     UnsupportedTypeError,
 )
 from gemma4.quant.gguf_file import GGUFFile
-from tests.tiny_gguf import GEMMA3_27B, GEMMA4_12B, GEMMA4_31B, Model, Sizes, gemma3, gemma4, q4_k_m
+from tests.tiny_gguf import (
+    GEMMA3_27B,
+    GEMMA4_12B,
+    GEMMA4_26B,
+    GEMMA4_31B,
+    GEMMA4_E2B,
+    GEMMA4_E4B,
+    Model,
+    Sizes,
+    gemma3,
+    gemma4,
+    q4_k_m,
+)
 
 Read = Callable[[Model], Gemma4Config]
 
@@ -342,12 +354,6 @@ def test_wrong_embedding(read: Read) -> None:
     refused(read, model, MissingTensorError, "token_embd.weight")
 
 
-# Dense parts of the published sizes; what comes beside them is metadata here, and tensors in test_family.py.
-E2B = Sizes(35, 1536, (6144,) * 15 + (12288,) * 20, 8, (1, 1), (256, 512), window=512, period=5, k_eq_v=False)
-E4B = Sizes(42, 2560, 10240, 8, (2, 2), (256, 512), window=512, k_eq_v=False)
-MOE = Sizes(30, 2816, 2112, 16, (8, 2), (256, 512))
-
-
 def small(sizes: Sizes, shared: int) -> Model:
     """A file of E2B's or E4B's metadata."""
     model = gemma4(sizes)
@@ -359,7 +365,7 @@ def small(sizes: Sizes, shared: int) -> Model:
     return model
 
 
-@pytest.mark.parametrize(("sizes", "shared"), [(E2B, 20), (E4B, 18)], ids=["E2B", "E4B"])
+@pytest.mark.parametrize(("sizes", "shared"), [(GEMMA4_E2B, 20), (GEMMA4_E4B, 18)], ids=["E2B", "E4B"])
 def test_layers_that_share_keys_and_values(read: Read, sizes: Sizes, shared: int) -> None:
     config = read(small(sizes, shared))
     own = sizes.layers - shared
@@ -374,11 +380,11 @@ def test_layers_that_share_keys_and_values(read: Read, sizes: Sizes, shared: int
 
 @pytest.mark.parametrize("shared", [34, 19, 35, 36])
 def test_layers_with_nothing_to_share(read: Read, shared: int) -> None:
-    refused(read, small(E2B, shared), MetadataError, "gemma4.attention.shared_kv_layers", str(shared))
+    refused(read, small(GEMMA4_E2B, shared), MetadataError, "gemma4.attention.shared_kv_layers", str(shared))
 
 
 def test_mixture_of_experts(read: Read) -> None:
-    model = gemma4(MOE)
+    model = gemma4(GEMMA4_26B)
     keys = {"expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 704}
     model.metadata |= {f"gemma4.{key}": value for key, value in keys.items()}
     config = read(model)

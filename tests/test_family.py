@@ -14,11 +14,8 @@ from gemma4.mapping import plan_load
 from gemma4.quant.errors import MissingTensorError, UnexpectedTensorError
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LoadPlan
-from tests.tiny_gguf import Model, Sizes, Tensor, gemma4
+from tests.tiny_gguf import GEMMA4_26B, GEMMA4_E2B, GEMMA4_E4B, Model, Sizes, Tensor, gemma4
 
-E2B = Sizes(35, 1536, (6144,) * 15 + (12288,) * 20, 8, (1, 1), (256, 512), window=512, period=5, k_eq_v=False)
-E4B = Sizes(42, 2560, 10240, 8, (2, 2), (256, 512), window=512, k_eq_v=False)
-A4B = Sizes(30, 2816, 2112, 16, (8, 2), (256, 512))
 SMALL = Sizes(4, 256, 512, 8, (2, 2), (32, 64), vocab=320, window=16, context=512, period=2, k_eq_v=False)
 
 Plan = Callable[[Model], LoadPlan]
@@ -80,7 +77,7 @@ def with_experts(sizes: Sizes, experts: int, used: int, ffn: int, *, joined: boo
 
 
 @pytest.mark.parametrize("keeps_unused", [False, True])
-@pytest.mark.parametrize(("sizes", "shared"), [(E2B, 20), (E4B, 18)], ids=["E2B", "E4B"])
+@pytest.mark.parametrize(("sizes", "shared"), [(GEMMA4_E2B, 20), (GEMMA4_E4B, 18)], ids=["E2B", "E4B"])
 def test_plan_of_the_small_sizes(plan: Plan, sizes: Sizes, shared: int, keeps_unused: bool) -> None:
     made = plan(with_per_layer_inputs(sizes, shared, 256, keeps_unused=keeps_unused))
     targets = made.by_target()
@@ -93,7 +90,7 @@ def test_plan_of_the_small_sizes(plan: Plan, sizes: Sizes, shared: int, keeps_un
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_plan_of_a_mixture_of_experts(plan: Plan, joined: bool) -> None:
-    targets = plan(with_experts(A4B, 128, 8, 704, joined=joined)).by_target()
+    targets = plan(with_experts(GEMMA4_26B, 128, 8, 704, joined=joined)).by_target()
     name, rows = ("gate_up_proj", 1408) if joined else ("up_proj", 704)
     assert targets[f"layers.29.experts.{name}.weight"].shape == (128 * rows, 2816)
     assert targets["layers.29.experts.down_proj.weight"].shape == (128 * 2816, 704)
