@@ -75,7 +75,7 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | 
     keep = probabilities >= params.min_p * probabilities[0]
     if params.top_p < 1:  # a rounded sum may reach 1 before the last candidate
         keep &= probabilities.cumsum(-1) - probabilities < params.top_p
-    keep[0] = True
+    keep[0].fill_(True)  # assigning would wait for the device
     temperature = max(params.temperature, torch.finfo(torch.float32).tiny)
     weights = torch.where(keep, candidates / temperature, float("-inf")).softmax(-1)
     # Of exponential clocks with these rates, which rings first follows the weights; torch.multinomial may ask the host.
