@@ -63,6 +63,10 @@ class LayerCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it keeps between passes, by attribute name. An exporter makes them buffers and sets the attributes."""
+        return {"k": self.k, "v": self.v}
+
     def attend(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
     ) -> Tensor:
