@@ -224,12 +224,24 @@ class TextModel(nn.Module):
         # Up to this many tokens go through the packed matvec kernels.
         self.max_packed_rows = MAX_ROWS if has_matvecs and device.type == "cuda" and dtype == torch.bfloat16 else 0
 
-    def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache, num_logits: int | None = 1) -> Tensor:
+    def rows_for(self, num_tokens: int) -> RowMaker:
+        """The form of rows that is best for this many tokens."""
+        return PackedRows() if num_tokens <= self.max_packed_rows else DenseRows(self.dtype)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        input_pos: Tensor,
+        cache: KVCache,
+        num_logits: int | None = 1,
+        rows: RowMaker | None = None,
+    ) -> Tensor:
         """tokens, input_pos: int64 [T], consecutive positions. Returns float32 [num_logits, vocab_size].
 
-        num_logits: how many of the last positions to return, None for all T.
+        num_logits: how many of the last positions to return, None for all T. rows: their form, by default the best for
+        T; an exporter fixes it, because a graph whose T is open cannot choose.
         """
-        make = PackedRows() if tokens.shape[0] <= self.max_packed_rows else DenseRows(self.dtype)
+        make = rows or self.rows_for(tokens.shape[0])
         layers = cast("Sequence[DecoderLayer]", self.layers)
         last = layers[-1]
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
