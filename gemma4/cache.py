@@ -108,7 +108,7 @@ class SharedCache:
         self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
     ) -> Tensor:
         source = self.source
-        rows = q.view(len(q), -1, heads.q_weight.shape[0]).transpose(0, 1)
+        rows = q.unflatten(1, (-1, heads.q_weight.shape[0])).transpose(0, 1)
         queries = rotate(rms_norm(rows, heads.q_weight, heads.eps), input_pos, heads.inv_freq)[None]
         out: Tensor
         if source.chunk is None:

@@ -66,7 +66,7 @@ def gelu_mul_kernel(
 def _check(name: str, gate: Tensor, up: Tensor, *, is_grouped: bool) -> None:
     if gate.dim() != 2 or gate.shape[1] == 0 or (gate.shape[1] % GROUP and (is_grouped or gate.device.type != "cpu")):
         raise ValueError(f"{name}: gate must be [M, K] with K a multiple of 32, got {list(gate.shape)}")
-    is_strided_alike = gate.stride(1) == up.stride(1) == 1 and (len(gate) == 1 or up.stride(0) == gate.stride(0))
+    is_strided_alike = gate.stride(1) == up.stride(1) == 1 and (up.stride(0) == gate.stride(0) or gate.shape[0] == 1)
     if up.shape != gate.shape or not is_strided_alike or up.dtype != gate.dtype:
         found = f"{list(up.shape)}, strides {up.stride()} and {gate.stride()}"
         raise ValueError(f"{name}: gate and up must agree in dtype, shape and row stride, got {found}")
