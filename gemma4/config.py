@@ -36,7 +36,12 @@ _GEMMA3_27B_LAYERS: Final = 62
 _NOT_A_TEXT_MODEL: Final = {
     "clip": "this is a multimodal projector (mmproj) file; pass the text model's GGUF instead",
     "gemma4-assistant": "this is a drafter for speculative decoding; pass the model it belongs to instead",
+    "gemma4_assistant": "this is a drafter for speculative decoding; pass the model it belongs to instead",
 }
+
+
+TARGET: Final = -1
+"""`kv_source` of a drafter's layers: the last layer of the same kind, in its target, that has keys of its own."""
 
 
 class LayerKind(StrEnum):
@@ -57,7 +62,7 @@ class LayerConfig(BaseModel):
     head_dim: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     k_eq_v: bool  # no attn_v tensor: V is the key projection before its norm
-    kv_source: int | None  # the layer whose keys and values this one reads; None for its own
+    kv_source: int | None  # the layer whose keys and values this one reads; None for its own, TARGET in a drafter
 
 
 class Gemma4Config(BaseModel):
@@ -116,12 +121,15 @@ class Gemma4Config(BaseModel):
                 path=file.path,
                 field="general.architecture",
             )
-        header = _Header(file, architecture)
+        header = Header(file, architecture)
         header.check_blocks()
         return read(header)
 
 
-class _Header:
+_Config = TypeVar("_Config", bound=Gemma4Config)
+
+
+class Header:
     """Typed access to the `{architecture}.*` keys and to the tensor inventory."""
 
     def __init__(self, file: GGUFFile, architecture: str) -> None:
@@ -223,7 +231,7 @@ class _Header:
             )
 
 
-def _experts(header: _Header) -> dict[str, Any]:
+def _experts(header: Header) -> dict[str, Any]:
     """The mixture of experts, if there is one."""
     num_experts = header.optional_count("expert_count")
     if not num_experts:
@@ -243,7 +251,8 @@ def _experts(header: _Header) -> dict[str, Any]:
     }
 
 
-def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gemma4Config:
+def build_config(header: Header, layers: Sequence[LayerConfig], kind: type[_Config], **fields: Any) -> _Config:
+    """A `kind` of what all architectures store alike, and of `fields`; checks sizes against each other."""
     vocab_size, hidden = header.shape("token_embd.weight", 2)
     hidden_size = header.count("embedding_length")
     if hidden != hidden_size:
@@ -268,7 +277,7 @@ def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gem
             field="tokenizer.ggml.tokens",
         )
     name = header.metadata.get("general.name", header.architecture)
-    return Gemma4Config(
+    return kind(
         architecture=header.architecture,
         name=str(name),
         vocab_size=vocab_size,
@@ -283,7 +292,7 @@ def _build(header: _Header, layers: Sequence[LayerConfig], **fields: Any) -> Gem
     )
 
 
-def _head_dim(header: _Header, suffix: str = "") -> int:
+def head_size(header: Header, suffix: str = "") -> int:
     """The head size of one kind of layer; K, V and RoPE must agree on it."""
     key_length = header.count(f"attention.key_length{suffix}")
     value_length = header.count(f"attention.value_length{suffix}")
@@ -297,7 +306,7 @@ def _head_dim(header: _Header, suffix: str = "") -> int:
     return key_length
 
 
-def _rope_scaling(header: _Header, *supported: str) -> float:
+def rope_scaling(header: Header, *supported: str) -> float:
     """The factor of linear position scaling, 1 where the file names none."""
     kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if kind not in supported:
@@ -305,7 +314,7 @@ def _rope_scaling(header: _Header, *supported: str) -> float:
     return header.number("rope.scaling.factor") if kind == "linear" else 1.0
 
 
-def _kv_source(header: _Header, kinds: Sequence[LayerKind], own_kv: int, kind: LayerKind) -> int:
+def _kv_source(header: Header, kinds: Sequence[LayerKind], own_kv: int, kind: LayerKind) -> int:
     """The layer whose cache a layer of this kind shares: one of the last two that keep their own."""
     source = own_kv - (2 if kind is LayerKind.SLIDING else 1)
     if source < 0 or kinds[source] is not kind:
@@ -316,7 +325,7 @@ def _kv_source(header: _Header, kinds: Sequence[LayerKind], own_kv: int, kind: L
     return source
 
 
-def _gemma4(header: _Header) -> Gemma4Config:
+def _gemma4(header: Header) -> Gemma4Config:
     kinds = [
         LayerKind.SLIDING if is_sliding else LayerKind.FULL
         for is_sliding in header.per_layer_flags("attention.sliding_window_pattern")
@@ -325,7 +334,7 @@ def _gemma4(header: _Header) -> Gemma4Config:
     heads = header.count("attention.head_count")
     kv_heads = header.per_layer_counts("attention.head_count_kv")
     intermediate = header.per_layer_counts("feed_forward_length")
-    head_dims = {LayerKind.FULL: _head_dim(header), LayerKind.SLIDING: _head_dim(header, "_swa")}
+    head_dims = {LayerKind.FULL: head_size(header), LayerKind.SLIDING: head_size(header, "_swa")}
     own_kv = header.num_layers - header.optional_count("attention.shared_kv_layers")
     sources = [None if i < own_kv else _kv_source(header, kinds, own_kv, kind) for i, kind in enumerate(kinds)]
     own_full = [i for i in full if i < own_kv]
@@ -344,14 +353,15 @@ def _gemma4(header: _Header) -> Gemma4Config:
         )
         for i, kind in enumerate(kinds)
     ]
-    return _build(
+    return build_config(
         header,
         layers,
+        Gemma4Config,
         **_experts(header),
         hidden_size_per_layer_input=header.optional_count("embedding_length_per_layer_input"),
         query_scale=1.0,
         rope_theta_sliding=header.number("rope.freq_base_swa"),
-        rope_scaling_factor=_rope_scaling(header, "none"),
+        rope_scaling_factor=rope_scaling(header, "none"),
         rope_freq_factors=factors,
         final_logit_softcapping=header.number("final_logit_softcapping"),
         has_v_norm=True,
@@ -361,11 +371,11 @@ def _gemma4(header: _Header) -> Gemma4Config:
     )
 
 
-def _gemma3(header: _Header) -> Gemma4Config:
+def _gemma3(header: Header) -> Gemma4Config:
     heads = header.count("attention.head_count")
     kv_heads = header.per_layer_counts("attention.head_count_kv")
     intermediate = header.per_layer_counts("feed_forward_length")
-    head_dim = _head_dim(header)
+    head_dim = head_size(header)
     pattern = "attention.sliding_window_pattern"
     period = header.count(pattern) if header.has(pattern) else _GEMMA3_SLIDING_PERIOD
     layers = [
@@ -383,13 +393,14 @@ def _gemma3(header: _Header) -> Gemma4Config:
     is_27b = header.num_layers == _GEMMA3_27B_LAYERS
     query_dim = header.count("embedding_length") / heads if is_27b else head_dim
     has_own_theta, has_softcap = header.has("rope.freq_base_swa"), header.has("final_logit_softcapping")
-    return _build(
+    return build_config(
         header,
         layers,
+        Gemma4Config,
         hidden_size_per_layer_input=0,
         query_scale=query_dim**-0.5,
         rope_theta_sliding=header.number("rope.freq_base_swa") if has_own_theta else _GEMMA3_ROPE_THETA_SLIDING,
-        rope_scaling_factor=_rope_scaling(header, "none", "linear"),
+        rope_scaling_factor=rope_scaling(header, "none", "linear"),
         rope_freq_factors=None,
         final_logit_softcapping=header.number("final_logit_softcapping") if has_softcap else None,
         has_v_norm=False,
@@ -397,4 +408,4 @@ def _gemma3(header: _Header) -> Gemma4Config:
     )
 
 
-_READERS: Final[Mapping[str, Callable[[_Header], Gemma4Config]]] = {"gemma3": _gemma3, "gemma4": _gemma4}
+_READERS: Final[Mapping[str, Callable[[Header], Gemma4Config]]] = {"gemma3": _gemma3, "gemma4": _gemma4}
