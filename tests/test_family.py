@@ -14,7 +14,8 @@ from gemma4.mapping import plan_load
 from gemma4.quant.errors import MissingTensorError, UnexpectedTensorError
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LoadPlan
-from tests.tiny_gguf import GEMMA4_26B, GEMMA4_E2B, GEMMA4_E4B, Model, Sizes, Tensor, gemma4
+from tests.family_gguf import with_experts, with_per_layer_inputs
+from tests.tiny_gguf import GEMMA4_26B, GEMMA4_E2B, GEMMA4_E4B, Model, Sizes, Tensor
 
 SMALL = Sizes(4, 256, 512, 8, (2, 2), (32, 64), vocab=320, window=16, context=512, period=2, k_eq_v=False)
 
@@ -28,52 +29,6 @@ def plan(tmp_path: Path) -> Plan:
             return plan_load(file, Gemma4Config.from_gguf(file))
 
     return make
-
-
-def with_per_layer_inputs(sizes: Sizes, shared: int, size: int, *, keeps_unused: bool) -> Model:
-    """A model with per-layer embeddings whose last `shared` layers read other layers' keys and values."""
-    model = gemma4(sizes, {"matrix": "Q4_K"})
-    model.metadata |= {
-        "gemma4.embedding_length_per_layer_input": size,
-        "gemma4.attention.shared_kv_layers": shared,
-    }
-    model.tensors |= {
-        "per_layer_token_embd.weight": Tensor((sizes.vocab, size * sizes.layers), "Q6_K"),
-        "per_layer_model_proj.weight": Tensor((size * sizes.layers, sizes.hidden), "BF16"),
-        "per_layer_proj_norm.weight": Tensor((size,), "F32"),
-    }
-    for i in range(sizes.layers):
-        model.tensors |= {
-            f"blk.{i}.inp_gate.weight": Tensor((size, sizes.hidden), "Q4_K"),
-            f"blk.{i}.proj.weight": Tensor((sizes.hidden, size), "Q4_K"),
-            f"blk.{i}.post_norm.weight": Tensor((sizes.hidden,), "F32"),
-        }
-        if i >= sizes.layers - shared and not keeps_unused:
-            for role in ("attn_k", "attn_v", "attn_k_norm"):
-                del model.tensors[f"blk.{i}.{role}.weight"]
-    return model
-
-
-def with_experts(sizes: Sizes, experts: int, used: int, ffn: int, *, joined: bool) -> Model:
-    model = gemma4(sizes, {"matrix": "Q4_K", "ffn_down": "Q8_0"})  # 2112 is no multiple of 256
-    counts = {"expert_count": experts, "expert_used_count": used, "expert_feed_forward_length": ffn}
-    model.metadata |= {f"gemma4.{key}": count for key, count in counts.items()}
-    hidden = sizes.hidden
-    first = {"gate_up": 2 * ffn} if joined else {"gate": ffn, "up": ffn}
-    for i in range(sizes.layers):
-        block = f"blk.{i}."
-        model.tensors |= {
-            f"{block}ffn_{name}_exps.weight": Tensor((experts, rows, hidden), "Q4_K") for name, rows in first.items()
-        }
-        model.tensors |= {
-            f"{block}ffn_down_exps.weight": Tensor((experts, hidden, ffn), "Q8_0"),
-            f"{block}ffn_down_exps.scale": Tensor((experts,), "F32"),
-            f"{block}ffn_gate_inp.weight": Tensor((experts, hidden), "F32"),
-            f"{block}ffn_gate_inp.scale": Tensor((hidden,), "F32"),
-        }
-        for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"):
-            model.tensors[f"{block}{name}.weight"] = Tensor((hidden,), "F32")
-    return model
 
 
 @pytest.mark.parametrize("keeps_unused", [False, True])

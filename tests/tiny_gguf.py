@@ -191,12 +191,13 @@ def gemma3(
     return Model(metadata, _tensors(sizes, types or {}, tied, {}))
 
 
+def more_bits(i: int, n: int) -> bool:
+    """Whether llama.cpp's _M recipes give the i-th of n tensors a better type."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
 def q4_k_m(sizes: Sizes) -> dict[str, str]:
     """The types llama.cpp's Q4_K_M recipe gives a dense model."""
-
-    def more_bits(i: int, n: int) -> bool:
-        return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
-
     types = {"matrix": "Q4_K", "token_embd": "Q6_K"}
     with_v = [i for i in range(sizes.layers) if not (sizes.k_eq_v and sizes.is_full(i))]
     types |= {f"blk.{i}.ffn_down": "Q6_K" for i in range(sizes.layers) if more_bits(i, sizes.layers)}
