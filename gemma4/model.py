@@ -242,7 +242,7 @@ class TextModel(nn.Module):
         T; an exporter fixes it, because a graph whose T is open cannot choose.
         """
         make = rows or self.rows_for(tokens.shape[0])
-        layers = cast("Sequence[DecoderLayer]", self.layers)
+        layers = cast("Sequence[DecoderLayer]", list(self.layers))  # one object a layer: tracers make one per access
         last = layers[-1]
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
         h: Tensor = self.embed_tokens(tokens) * self.config.hidden_size**0.5
