@@ -51,6 +51,13 @@ class LayerKind(StrEnum):
     FULL = "full"
 
 
+class CacheKind(StrEnum):
+    """How full layers keep keys and values: exactly, or in 4 bits (TurboQuant, arXiv 2504.19874)."""
+
+    LOSSLESS = "lossless"
+    TURBOQUANT = "turboquant"
+
+
 class LayerConfig(BaseModel):
     """One decoder layer; sizes in elements."""
 
