@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from gemma4.kernels.gelu_mul import gelu_mul_reference
 from gemma4.quant.linear import Linear, PackedWeight, packed_linear
@@ -50,8 +51,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x: [T, H]; weights, experts: [T, S]. Returns float32 [T, H]."""
-        if len(x) == 1:
+        if guard_or_false(x.shape[0] == 1):
             return self._one_token(x[0].float(), weights[0], experts[0])
+        if torch.compiler.is_exporting():
+            return self._every_expert(x, weights, experts)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in torch.unique(experts).tolist():
             token, slot = torch.where(experts == expert)
@@ -69,6 +72,14 @@ class Experts(nn.Module):
         y = torch.einsum("shf,sf->sh", self._gather("down_proj", experts), gelu_mul_reference(gate, up))
         return (weights[:, None] * y).sum(0, keepdim=True)
 
+    def _every_expert(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """As `forward` with all experts for all tokens, of which the chosen count: a graph cannot skip the others."""
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in range(self.num_experts):
+            share = (weights * (experts == expert)).sum(-1, keepdim=True)
+            out = out + self._expert(expert, x).float() * share
+        return out
+
     def _halves(self, products: list[Tensor]) -> tuple[Tensor, Tensor]:
         gate, up = products if len(products) > 1 else products[0].chunk(2, dim=-1)
         return gate, up
@@ -78,14 +89,22 @@ class Experts(nn.Module):
         assert isinstance(weight, PackedWeight)
         return weight
 
+    def _scale(self, name: str) -> Tensor | None:
+        """float32 [E], one of each expert, where the file has them."""
+        linear = self.get_submodule(name)
+        assert isinstance(linear, Linear)
+        return linear.scale
+
     def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
-        weight = self._weight(name)
+        weight, scale = self._weight(name), self._scale(name)
         rows = weight.shape[0] // self.num_experts
-        return packed_linear(x, weight, slice(expert * rows, (expert + 1) * rows))
+        y = packed_linear(x, weight, slice(expert * rows, (expert + 1) * rows))
+        return y if scale is None else (y.float() * scale[expert]).to(y.dtype)
 
     def _gather(self, name: str, experts: Tensor) -> Tensor:
         """float32 [S, rows of an expert, columns] of the chosen experts."""
-        weight = self._weight(name)
+        weight, scale = self._weight(name), self._scale(name)
         rows = weight.shape[0] // self.num_experts
         ids = experts[:, None] * rows + torch.arange(rows, device=experts.device)
-        return weight.tensor.dequantize(ids)
+        weights = weight.tensor.dequantize(ids)
+        return weights if scale is None else weights * scale[experts, None, None]
