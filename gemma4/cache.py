@@ -10,12 +10,15 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from gemma4.config import Gemma4Config, LayerConfig, LayerKind
-from gemma4.kernels.decode_attention import decode_attention
+from gemma4.kernels.decode_attention import MAX_TOKENS
 from gemma4.kernels.prefill_attention import prefill_attention
 from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache, rms_norm, rotate
 from gemma4.quant.errors import ContextError
+from gemma4.quant.linear import Rows
+from gemma4.rows import RowMaker
 
 
 class HeadTransform(NamedTuple):
@@ -32,9 +35,16 @@ class AttentionCache(Protocol):
     """Where the queries of one layer find keys and values."""
 
     def attend(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
-    ) -> Tensor:
-        """The attention [1, H, T, D] of queries at positions input_pos [T].
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        heads: HeadTransform,
+        input_pos: Tensor,
+        scale: float,
+        make: RowMaker,
+    ) -> Rows:
+        """The attention of queries at positions input_pos [T]: rows [T, H * D] in the form of `make`.
 
         q [T, H * D], k, v [T, H_kv * D]: raw projections; v None stands for k.
         """
@@ -68,26 +78,37 @@ class LayerCache:
         return {"k": self.k, "v": self.v}
 
     def attend(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
-    ) -> Tensor:
-        """Adds the keys and values of these positions, too. A single token is written and then attends; a chunk
-        attends first, because it may overwrite what it reads.
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        heads: HeadTransform,
+        input_pos: Tensor,
+        scale: float,
+        make: RowMaker,
+    ) -> Rows:
+        """Adds the keys and values of these positions, too. A few tokens are written and then attend; a chunk attends
+        first, because it may overwrite what it reads.
         """
         q_weight, k_weight, inv_freq, eps, has_v_norm = heads
         assert k is not None, "a layer with its own cache projects keys"
         assert k_weight is not None, "and normalises them"
-        if q.shape[0] == 1:
+        if self._takes(q.shape[0]):
             queries = qk_norm_rope_cache(
                 q, k, v, q_weight, k_weight, self.k, self.v, inv_freq, input_pos, eps, has_v_norm
             )
-            out: Tensor = decode_attention(queries, self.k, self.v, input_pos, scale, self.window)
-            return out
+            return make.decode_attention(queries, self.k, self.v, input_pos, scale, self.window)
         queries, keys, values = qk_norm_rope(q, k, v, q_weight, k_weight, inv_freq, input_pos, eps, has_v_norm)
         out = prefill_attention(queries, keys, values, self.k, self.v, input_pos, scale, self.window)
         self.chunk = keys, values
         if not self.is_shared:
             self.commit(input_pos)
-        return out
+        return make.heads(out)
+
+    def _takes(self, tokens: int) -> bool:
+        """Whether so many tokens may be written before they attend; an open number may not."""
+        has_room = self.window == 0 or self.k.shape[2] >= self.window + MAX_TOKENS - 1
+        return bool(guard_or_false(tokens <= (MAX_TOKENS if has_room else 1)))
 
     def commit(self, input_pos: Tensor) -> None:
         """Writes a chunk that still waits."""
@@ -105,17 +126,22 @@ class SharedCache:
         self.source = source
 
     def attend(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, heads: HeadTransform, input_pos: Tensor, scale: float
-    ) -> Tensor:
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        heads: HeadTransform,
+        input_pos: Tensor,
+        scale: float,
+        make: RowMaker,
+    ) -> Rows:
         source = self.source
-        rows = q.unflatten(1, (-1, heads.q_weight.shape[0])).transpose(0, 1)
+        rows = q.view(q.shape[0], -1, heads.q_weight.shape[0]).transpose(0, 1)
         queries = rotate(rms_norm(rows, heads.q_weight, heads.eps), input_pos, heads.inv_freq)[None]
-        out: Tensor
         if source.chunk is None:
-            out = decode_attention(queries, source.k, source.v, input_pos, scale, source.window)
-        else:
-            out = prefill_attention(queries, *source.chunk, source.k, source.v, input_pos, scale, source.window)
-        return out
+            return make.decode_attention(queries, source.k, source.v, input_pos, scale, source.window)
+        out = prefill_attention(queries, *source.chunk, source.k, source.v, input_pos, scale, source.window)
+        return make.heads(out)
 
 
 class KVCache:

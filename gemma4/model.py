@@ -110,8 +110,7 @@ class Attention(nn.Module):
         k_weight = None if self.k_norm is None else self.k_norm.weight
         rope = HeadTransform(self.q_norm.weight, k_weight, inv_freq, self.q_norm.eps, self.has_v_norm)
         q, k, v = projected["q"], projected.get("k"), projected.get("v")
-        heads = cache.attend(q, k, v, rope, input_pos, self.scale)  # [1, heads, T, D]
-        out: Tensor = self.o_proj(make.plain(heads[0].transpose(0, 1).flatten(1)))
+        out: Tensor = self.o_proj(cache.attend(q, k, v, rope, input_pos, self.scale, make))
         return out
 
 

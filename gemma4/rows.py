@@ -1,4 +1,4 @@
-"""What stands between two matrix products: norms, residual sums and GELU, in one of two forms.
+"""What stands between two matrix products: norms, residual sums, GELU and attention, in one of two forms.
 
 `DenseRows` makes plain tensors, for prefill and the CPU. `PackedRows` makes int8 activations with one fused kernel a
 step, for the packed matvecs that decode a few tokens. A model's forward is written once against both.
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gemma4.kernels.activations import quantize_activations
+from gemma4.kernels.decode_attention import decode_attention, decode_attention_quantize
 from gemma4.kernels.fused_norm import residual_norm, residual_norm_quantize, rms_norm, rms_norm_quantize
 from gemma4.kernels.gelu_mul import gelu_mul, gelu_mul_quantize
+from gemma4.kernels.split_merge import head_rows
 from gemma4.quant.linear import Rows
 
 
@@ -31,6 +33,12 @@ class RowMaker(Protocol):
 
     def plain(self, x: Tensor) -> Rows:
         """x [M, K] as it is."""
+
+    def heads(self, x: Tensor) -> Rows:
+        """Heads [1, H, M, D] side by side, K = H * D."""
+
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Rows:
+        """The heads of `gemma4.kernels.decode_attention` side by side."""
 
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         """norm(h)."""
@@ -53,6 +61,12 @@ class DenseRows:
     def plain(self, x: Tensor) -> Rows:
         return (x.to(self.dtype),)
 
+    def heads(self, x: Tensor) -> Rows:
+        return self.plain(head_rows(x))
+
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Rows:
+        return self.heads(decode_attention(q, k, v, input_pos, scale, window))
+
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         return (rms_norm(h, norm.weight, norm.eps, self.dtype),)
 
@@ -71,6 +85,13 @@ class PackedRows:
 
     def plain(self, x: Tensor) -> Rows:
         rows: Rows = quantize_activations(x)
+        return rows
+
+    def heads(self, x: Tensor) -> Rows:
+        return self.plain(head_rows(x))
+
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Rows:
+        rows: Rows = decode_attention_quantize(q, k, v, input_pos, scale, window)
         return rows
 
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:

@@ -9,8 +9,9 @@ layer (L = longest context) and a sliding layer (L >= window + T - 1) read alike
 
 The G * T rows that share a KV head form one tile. The keys are divided among a fixed number of programs; each finds its
 range from input_pos on the device, so one CUDA graph serves every step at a cost that follows the context and not L.
-A second kernel merges the partial results in a fixed order, which makes the output the same bits on every run.
-Method: FlashAttention-2 (Dao, 2023) with the key split of Flash-Decoding (Dao et al., 2023).
+A second kernel merges the partial results in a fixed order, which makes the output the same bits on every run: as heads
+(`decode_attention`), or at once as the int8 activations of the output projection (`decode_attention_quantize`). Method:
+FlashAttention-2 (Dao, 2023) with the key split of Flash-Decoding (Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -25,9 +26,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from gemma4.kernels.activations import quantize_activations_reference
+from gemma4.kernels.split_merge import (
+    Partials,
+    empty_partials,
+    empty_quantized,
+    head_rows,
+    merge_heads,
+    merge_quantized,
+)
+
 MAX_TOKENS = 8  # rows of one tile stay few enough to live in registers
+SPLIT_GRAIN = 8  # splits are multiples of this many keys, so that all of them end together
 LOG2_E = math.log2(math.e)
-COMBINE_BLOCK_D = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ def _decode_split_kernel(
     WINDOW: tl.constexpr,
     RING: tl.constexpr,  # L where positions may exceed it, else 0
     SPLITS: tl.constexpr,
+    GRAIN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -142,10 +154,14 @@ def _decode_split_kernel(
     row_mask = rows < ROWS
     out_rows = (head_index * SPLITS + tl.program_id(1)).to(tl.int64) * ROWS + rows
 
+    offs_d = tl.arange(0, D)
     first = tl.load(input_pos_ptr).to(tl.int32)
+    q_rows = batch * stride_qb + (head * GROUP + rows // T) * stride_qh + (rows % T) * stride_qt
+    # Loaded before the keys' range is known, so that the two loads wait together.
+    q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
     end = first + T
     begin = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else 0
-    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N  # keys of one split
+    share = tl.cdiv(tl.cdiv(end - begin, SPLITS), GRAIN) * GRAIN  # keys of one split
     begin += tl.program_id(1) * share
     if begin >= end:
         tl.store(max_ptr + out_rows, float("-inf"), mask=row_mask)
@@ -154,10 +170,7 @@ def _decode_split_kernel(
     end = tl.minimum(begin + share, end)
 
     row_pos = first + rows % T
-    offs_d = tl.arange(0, D)
     offs_n = tl.arange(0, BLOCK_N)
-    q_rows = batch * stride_qb + (head * GROUP + rows // T) * stride_qh + (rows % T) * stride_qt
-    q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
     k_base = k_ptr + batch * stride_kb + head * stride_kh
     v_base = v_ptr + batch * stride_vb + head * stride_vh
 
@@ -187,32 +200,6 @@ def _decode_split_kernel(
     tl.store(acc_ptr + out_rows[:, None] * D + offs_d[None, :], acc, mask=row_mask[:, None])
     tl.store(max_ptr + out_rows, row_max, mask=row_mask)
     tl.store(sum_ptr + out_rows, row_sum, mask=row_mask)
-
-
-@triton.jit
-def _decode_combine_kernel(
-    acc_ptr,  # [B, Hkv, SPLITS, ROWS, D] float32, not written where the split had no keys
-    max_ptr,  # [B, Hkv, SPLITS, ROWS] float32, -inf where the split had no keys
-    sum_ptr,  # [B, Hkv, SPLITS, ROWS] float32
-    out_ptr,  # [B, Hq, T, D] contiguous = [B, Hkv, ROWS, D]
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    out_row = tl.program_id(0)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    splits = tl.arange(0, SPLITS_PADDED)
-    mask = splits < SPLITS
-    part_rows = (out_row // ROWS * SPLITS + splits).to(tl.int64) * ROWS + out_row % ROWS
-    part_max = tl.load(max_ptr + part_rows, mask=mask, other=float("-inf"))
-    part_sum = tl.load(sum_ptr + part_rows, mask=mask, other=0.0)
-    acc = tl.load(acc_ptr + part_rows[:, None] * D + offs_d[None, :], mask=mask[:, None], other=0.0)
-    weight = tl.exp2(part_max - tl.max(part_max, 0))
-    weighted = tl.where(weight[:, None] > 0.0, acc * weight[:, None], 0.0)
-    out = tl.sum(weighted, 0) / tl.sum(part_sum * weight, 0)
-    tl.store(out_ptr + out_row.to(tl.int64) * D + offs_d, out.to(out_ptr.dtype.element_ty))
 
 
 # ----------------------------------------------------------------------------------------------------------- op
@@ -247,6 +234,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: int) -> N
         raise ValueError(f"a window of {window} and {q.shape[2]} tokens do not fit a cache of {k.shape[2]} slots")
 
 
+def _check_planes(planes: int) -> None:
+    if planes not in (1, 2):
+        raise ValueError(f"decode_attention_quantize: planes must be 1 or 2, got {planes}")
+
+
 def choose_config(rows: int, head_dim: int, itemsize: int, shared_limit: int) -> DecodeConfig:
     """The first of CONFIGS made for this many rows that fits the shared memory, else the smallest of them."""
     block_r = 16 if rows <= 16 else 32
@@ -258,10 +250,10 @@ def split_count(config: DecodeConfig, heads: int, rows: int, max_keys: int, mult
     """Programs that share the keys of one head, so that all heads together fill the device once."""
     programs = heads * -(-rows // config.block_r)
     filling = max(1, config.programs_per_sm * multiprocessors // programs)
-    return min(filling, -(-max_keys // config.block_n))
+    return min(filling, -(-max_keys // SPLIT_GRAIN))
 
 
-def decode_attention_launch(
+def split_attention_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -270,23 +262,20 @@ def decode_attention_launch(
     window: int,
     config: DecodeConfig,
     splits: int,
-) -> Tensor:
-    """Run the two kernels with the given configuration."""
+) -> Partials:
+    """Run the kernel that divides the keys, with the given configuration."""
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     rows = q_heads // kv_heads * tokens
-    acc = q.new_empty((batch, kv_heads, splits, rows, head_dim), dtype=torch.float32)
-    row_max = q.new_empty((batch, kv_heads, splits, rows), dtype=torch.float32)
-    row_sum = torch.empty_like(row_max)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    partials = empty_partials(q, kv_heads, splits)
     wrap_triton(_decode_split_kernel)[(batch * kv_heads * triton.cdiv(rows, config.block_r), splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
         input_pos_ptr=input_pos,
-        acc_ptr=acc,
-        max_ptr=row_max,
-        sum_ptr=row_sum,
+        acc_ptr=partials.acc,
+        max_ptr=partials.largest,
+        sum_ptr=partials.sums,
         stride_qb=q.stride(0),
         stride_qh=q.stride(1),
         stride_qt=q.stride(2),
@@ -303,26 +292,25 @@ def decode_attention_launch(
         WINDOW=window,
         RING=length if window > 0 else 0,
         SPLITS=splits,
+        GRAIN=SPLIT_GRAIN,
         D=head_dim,
         BLOCK_R=config.block_r,
         BLOCK_N=config.block_n,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
-    block_d = min(COMBINE_BLOCK_D, head_dim)
-    wrap_triton(_decode_combine_kernel)[(batch * q_heads * tokens, head_dim // block_d)](
-        acc_ptr=acc,
-        max_ptr=row_max,
-        sum_ptr=row_sum,
-        out_ptr=out,
-        ROWS=rows,
-        SPLITS=splits,
-        SPLITS_PADDED=triton.next_power_of_2(splits),
-        D=head_dim,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
-    return out
+    return partials
+
+
+def _split_attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Partials:
+    """Run it with the configuration and the number of splits that suit the device."""
+    tokens, head_dim = q.shape[2], q.shape[3]
+    rows = q.shape[1] // k.shape[1] * tokens
+    multiprocessors, shared_limit = _device_limits(q.device)
+    config = choose_config(rows, head_dim, q.element_size(), shared_limit)
+    max_keys = min(k.shape[2], window + tokens - 1) if window > 0 else k.shape[2]
+    splits = split_count(config, k.shape[0] * k.shape[1], rows, max_keys, multiprocessors)
+    return split_attention_launch(q, k, v, input_pos, scale, window, config, splits)
 
 
 @triton_op("gemma4::decode_attention", mutates_args={})
@@ -335,13 +323,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: 
     _check(q, k, v, input_pos, window)
     if q.device.type == "cpu":
         return decode_attention_reference(q, k, v, input_pos, scale, window)
-    tokens, head_dim = q.shape[2], q.shape[3]
-    rows = q.shape[1] // k.shape[1] * tokens
-    multiprocessors, shared_limit = _device_limits(q.device)
-    config = choose_config(rows, head_dim, q.element_size(), shared_limit)
-    max_keys = min(k.shape[2], window + tokens - 1) if window > 0 else k.shape[2]
-    splits = split_count(config, k.shape[0] * k.shape[1], rows, max_keys, multiprocessors)
-    return decode_attention_launch(q, k, v, input_pos, scale, window, config, splits)
+    return merge_heads(_split_attention(q, k, v, input_pos, scale, window), q)
 
 
 @decode_attention.register_fake
@@ -357,3 +339,34 @@ def _(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: 
     key_pos = torch.arange(max(0, first - window + 1) if window > 0 else 0, last + 1)
     slots = key_pos % k.shape[2]
     return masked_attention(q, k[:, :, slots], v[:, :, slots], input_pos, key_pos, scale, window)
+
+
+@triton_op("gemma4::decode_attention_quantize", mutates_args={})
+def decode_attention_quantize(
+    q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int, planes: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `decode_attention`; returns what `quantize_activations` returns for its rows [B * T, Hq * D] in float32.
+
+    The float32 result is quantized as it is, without being rounded to q's dtype first.
+    """
+    _check(q, k, v, input_pos, window)
+    _check_planes(planes)
+    if q.device.type == "cpu":
+        return _quantize_reference(q, k, v, input_pos, scale, window, planes)
+    return merge_quantized(_split_attention(q, k, v, input_pos, scale, window), q, planes)
+
+
+def _quantize_reference(
+    q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int, planes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = decode_attention_reference(q.float(), k.float(), v.float(), input_pos, scale, window)
+    return quantize_activations_reference(head_rows(heads), planes)
+
+
+@decode_attention_quantize.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int, planes: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v, input_pos, window)
+    _check_planes(planes)
+    return empty_quantized(q, planes)

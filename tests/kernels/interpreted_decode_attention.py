@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma4.kernels.decode_attention import DecodeConfig, decode_attention_launch
+from gemma4.kernels.activations import dequantize_activations, launch_quantize_activations
+from gemma4.kernels.decode_attention import DecodeConfig, split_attention_launch
+from gemma4.kernels.split_merge import head_rows, merge_heads, merge_quantized
 from tests.kernels.attention_cases import SCALE, Case, make_problem, poisoned_outputs, relative_error
 from tests.kernels.triton_without_gpu import allow_loops_over_tensors
 
@@ -28,10 +30,10 @@ def run(case: Case, dtype: torch.dtype, splits: int, block_r: int) -> tuple[torc
     problem = make_problem(case, dtype)
     config = DecodeConfig(block_r=block_r, block_n=16, num_warps=4, num_stages=1, programs_per_sm=1)
     with poisoned_outputs():
-        out = decode_attention_launch(
+        partials = split_attention_launch(
             problem.q, *problem.new_caches, problem.input_pos, SCALE, case.window, config, splits
         )
-    return out, problem.answer
+        return merge_heads(partials, problem.q), problem.answer
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -53,5 +55,31 @@ def test_strided_queries() -> None:
     problem = make_problem(case)
     q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
     config = DecodeConfig(block_r=16, block_n=16, num_warps=4, num_stages=1, programs_per_sm=1)
-    out = decode_attention_launch(q, *problem.new_caches, problem.input_pos, SCALE, case.window, config, 2)
-    assert relative_error(out, problem.answer) < 1e-6
+    partials = split_attention_launch(q, *problem.new_caches, problem.input_pos, SCALE, case.window, config, 2)
+    assert relative_error(merge_heads(partials, q), problem.answer) < 1e-6
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(first=20, tokens=1, window=8, length=16, head_dim=64),
+        Case(first=37, tokens=3, window=0, length=64, q_heads=6, head_dim=128),
+        Case(first=9, tokens=2, window=0, length=16, batch=2, q_heads=3, kv_heads=1, head_dim=64),
+        Case(first=9, tokens=2, window=0, length=16, batch=2, q_heads=6, kv_heads=3, head_dim=16),  # units of 4 heads
+    ],
+    ids=str,
+)
+def test_quantized_heads_have_the_bits_of_two_steps(case: Case, planes: int) -> None:
+    problem = make_problem(case, torch.float16)
+    config = DecodeConfig(block_r=16, block_n=16, num_warps=4, num_stages=1, programs_per_sm=1)
+    with poisoned_outputs():
+        partials = split_attention_launch(
+            problem.q, *problem.new_caches, problem.input_pos, SCALE, case.window, config, 3
+        )
+        heads = merge_heads(partials, problem.q.float())
+        rows = merge_quantized(partials, problem.q, planes)
+        two_steps = launch_quantize_activations(head_rows(heads), planes)
+    assert all(torch.equal(x, y) for x, y in zip(rows, two_steps, strict=True))
+    error = relative_error(dequantize_activations(*rows[:2]), head_rows(problem.answer))
+    assert error < (1e-3 if planes == 2 else 2e-2)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from gemma4.kernels import decode_attention as module
-from gemma4.kernels.decode_attention import choose_config, decode_attention, decode_attention_reference, split_count
+from gemma4.kernels import split_merge
+from gemma4.kernels.activations import dequantize_activations, empty_activations, quantize_activations_reference
+from gemma4.kernels.decode_attention import (
+    choose_config,
+    decode_attention,
+    decode_attention_quantize,
+    decode_attention_reference,
+    split_count,
+)
+from gemma4.kernels.split_merge import head_rows
 from tests.kernels.attention_cases import SCALE, Case, make_problem, poisoned_outputs, relative_error
 from tests.kernels.triton_without_gpu import SHARED_LIMITS, compile_launches, run_interpreted
 
@@ -42,6 +51,16 @@ def test_cpu(case: Case, function: Callable[..., Tensor]) -> None:
     problem = make_problem(case)
     out = function(problem.q, *problem.new_caches, problem.input_pos, SCALE, case.window)
     assert relative_error(out, problem.answer) < 1e-6
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("case", [dataclasses.replace(case, head_dim=32) for case in CASES], ids=str)
+def test_cpu_quantize(case: Case, planes: int) -> None:
+    problem = make_problem(case)
+    args = (problem.q, *problem.new_caches, problem.input_pos, SCALE, case.window)
+    expected = quantize_activations_reference(head_rows(decode_attention_reference(*args)), planes)
+    for out, x in zip(decode_attention_quantize(*args, planes), expected, strict=True):
+        assert torch.equal(out, x)
 
 
 def test_kernels_in_the_interpreter() -> None:
@@ -77,32 +96,45 @@ def test_rejects(message: str, changes: dict[str, Any]) -> None:
         decode_attention(**(valid | changes))
 
 
+def test_rejects_other_planes() -> None:
+    kv = torch.zeros(1, 2, 8, 16)
+    with pytest.raises(ValueError, match="planes must be 1 or 2"):
+        decode_attention_quantize(torch.zeros(1, 4, 1, 16), kv, kv, torch.zeros(1, dtype=torch.int64), 1.0, 0, 3)
+
+
 def test_opcheck() -> None:
     problem = make_problem(Case(first=29, tokens=3, window=4, length=8))
     args = (problem.q, problem.new_caches[0].nan_to_num(), problem.new_caches[1].nan_to_num(), problem.input_pos)
     torch.library.opcheck(torch.ops.gemma4.decode_attention.default, (*args, SCALE, 4))
+    torch.library.opcheck(torch.ops.gemma4.decode_attention_quantize.default, (*args, SCALE, 4))
 
 
 class Attend(torch.nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
-        out: Tensor = torch.ops.gemma4.decode_attention(q, k, v, input_pos, SCALE, 4)
-        return out
+    """Dense heads, and the activations that stand for them."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> tuple[Tensor, ...]:
+        args = (q, k, v, input_pos, SCALE, 4)
+        return torch.ops.gemma4.decode_attention(*args), *torch.ops.gemma4.decode_attention_quantize(*args)
 
 
-def test_export_keeps_the_node() -> None:
+def check_attend(outs: tuple[Tensor, ...], answer: Tensor) -> None:
+    assert relative_error(outs[0], answer) < 1e-6
+    assert relative_error(dequantize_activations(outs[1], outs[2]), head_rows(answer)) < 1e-4
+
+
+def test_export_keeps_the_nodes() -> None:
     problem = make_problem(Case(first=29, tokens=1, window=4, length=8))
     args = (problem.q, *problem.new_caches, problem.input_pos)
     program = torch.export.export(Attend(), args)
-    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets == ["gemma4.decode_attention.default"]
-    assert relative_error(program.module()(*args), problem.answer) < 1e-6
+    targets = [str(node.target) for node in program.graph.nodes if "gemma4" in str(node.target)]
+    assert targets == ["gemma4.decode_attention.default", "gemma4.decode_attention_quantize.default"]
+    check_attend(program.module()(*args), problem.answer)
 
 
 def test_compiles_on_cpu() -> None:
     problem = make_problem(Case(first=29, tokens=1, window=4, length=8))
     args = (problem.q, *problem.new_caches, problem.input_pos)
-    out = torch.compile(Attend(), backend="aot_eager", fullgraph=True)(*args)
-    assert relative_error(out, problem.answer) < 1e-6
+    check_attend(torch.compile(Attend(), backend="aot_eager", fullgraph=True)(*args), problem.answer)
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -115,16 +147,19 @@ def test_chosen_configuration_fits_the_device(capability: int, shape: Case, toke
     kv = torch.empty(1, shape.kv_heads, shape.length, shape.head_dim, dtype=torch.bfloat16, device="meta")
     input_pos = torch.empty(tokens, dtype=torch.int64, device="meta")
     args = (q, kv, kv, input_pos, 1.0, shape.window, config, 33)
-    split, combine = compile_launches(module, capability, "decode_attention_launch", *args)
+    (split,) = compile_launches(module, capability, "split_attention_launch", *args)
     assert split.metadata.shared <= config.shared_bytes(shape.head_dim, 2) <= SHARED_LIMITS[capability]
-    assert combine.metadata.shared <= SHARED_LIMITS[capability]
+    partials = split_merge.empty_partials(q, shape.kv_heads, 33)
+    for out in ((q,), empty_activations(q.view(tokens, -1), 2)):
+        (merge,) = compile_launches(split_merge, capability, "launch_merge", partials, tokens, out)
+        assert merge.metadata.shared <= 32 << 10
 
 
 def test_splits_fill_the_device_once() -> None:
-    config = dataclasses.replace(module.CONFIGS[0], programs_per_sm=1, block_n=32)
+    config = dataclasses.replace(module.CONFIGS[0], programs_per_sm=1)
     assert split_count(config, heads=4, rows=8, max_keys=131072, multiprocessors=132) == 33
     assert split_count(config, heads=16, rows=2, max_keys=1024, multiprocessors=132) == 8
-    assert split_count(config, heads=1, rows=2, max_keys=65, multiprocessors=132) == 3
+    assert split_count(config, heads=1, rows=2, max_keys=65, multiprocessors=132) == 9
     assert split_count(config, heads=400, rows=2, max_keys=65, multiprocessors=132) == 1
 
 
@@ -136,8 +171,11 @@ def test_gpu(case: Case) -> None:
     with poisoned_outputs():
         out = decode_attention(*args)
         again = decode_attention(*args)
+        rows = decode_attention_quantize(*args)
     assert relative_error(out, problem.answer) < 8e-3
     assert torch.equal(out, again)
+    error = relative_error(dequantize_activations(*rows[:2]), head_rows(problem.answer))
+    assert error <= relative_error(out, problem.answer)  # not rounded to bfloat16 between the two steps
 
 
 @pytest.mark.gpu
