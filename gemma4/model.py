@@ -191,8 +191,10 @@ class DecoderLayer(nn.Module):
         return rms_norm_reference(y, shared.weight, shared.eps) + rms_norm_reference(experts, after.weight, after.eps)
 
 
-class TextModel(nn.Module):
-    """Token ids to logits. Built on the meta device; `gemma4.quant.loader` gives it its weights."""
+class Decoder(nn.Module):
+    """Decoder layers between an embedding table and a head. Built on the meta device; `gemma4.quant.loader` gives it
+    its weights.
+    """
 
     def __init__(self, config: Gemma4Config, plan: LoadPlan, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -201,10 +203,6 @@ class TextModel(nn.Module):
         weights = Weights(plan.by_target())
         embeddings = weights.packed("embed_tokens")
         self.embed_tokens = Embedding(embeddings)
-        if config.hidden_size_per_layer_input:
-            self.embed_tokens_per_layer = Embedding(weights.packed("embed_tokens_per_layer"))
-            self.per_layer_model_projection = weights.linear("per_layer_model_projection")
-            self.per_layer_projection_norm = weights.norm("per_layer_projection_norm", config.rms_norm_eps)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, weights.within(f"layers.{i}"), dtype) for i, layer in enumerate(config.layers)
         )
@@ -226,6 +224,46 @@ class TextModel(nn.Module):
     def rows_for(self, num_tokens: int) -> RowMaker:
         """The form of rows that is best for this many tokens."""
         return PackedRows() if num_tokens <= self.max_packed_rows else DenseRows(self.dtype)
+
+    def run_layers(
+        self,
+        h: Tensor,
+        per_layer_inputs: Sequence[Tensor | None],
+        input_pos: Tensor,
+        caches: Sequence[AttentionCache],
+        make: RowMaker,
+    ) -> tuple[Tensor, Tensor]:
+        """h: float32 [T, H], the first layer's input. Returns h and the last branch, which `head` adds."""
+        layers = cast("Sequence[DecoderLayer]", list(self.layers))  # one object a layer: tracers make one per access
+        last = layers[-1]
+        next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
+        x = make.normed(h, layers[0].input_layernorm)
+        for layer, cache, next_norm, own_input in zip(layers, caches, next_norms, per_layer_inputs, strict=True):
+            inv_freq = getattr(self, f"inv_freq_{layer.kind}")
+            h, y = layer(h, x, make, input_pos, inv_freq, cache, own_input)
+            if layer is not last:
+                h, x = make.residual_normed(h, y, layer.closing_norm, layer.layer_scalar, next_norm)
+        return h, y
+
+    def head(self, h: Tensor, y: Tensor, make: RowMaker) -> tuple[Tensor, Tensor]:
+        """Of what `run_layers` returned: logits float32 [T, vocab_size], and h float32 [T, H] before the last norm."""
+        last = cast("DecoderLayer", self.layers[-1])
+        h, x = make.residual_normed(h, y, last.closing_norm, last.layer_scalar, self.norm)
+        logits: Tensor = self.lm_head(x).float()
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap, h
+
+
+class TextModel(Decoder):
+    """Token ids to logits."""
+
+    def __init__(self, config: Gemma4Config, plan: LoadPlan, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(config, plan, dtype, device)
+        if config.hidden_size_per_layer_input:
+            weights = Weights(plan.by_target())
+            self.embed_tokens_per_layer = Embedding(weights.packed("embed_tokens_per_layer"))
+            self.per_layer_model_projection = weights.linear("per_layer_model_projection")
+            self.per_layer_projection_norm = weights.norm("per_layer_projection_norm", config.rms_norm_eps)
 
     def forward(
         self,
@@ -258,10 +296,19 @@ class TextModel(nn.Module):
             return h.new_empty(0, self.config.vocab_size)
         if num_logits is not None:
             h, y = h[-num_logits:], y[-num_logits:]
-        _, x = make.residual_normed(h, y, last.closing_norm, last.layer_scalar, self.norm)
-        logits: Tensor = self.lm_head(x).float()
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.head(h, y, make)[0]
+
+    def run(
+        self, tokens: Tensor, input_pos: Tensor, caches: Sequence[AttentionCache], make: RowMaker
+    ) -> tuple[Tensor, Tensor]:
+        """tokens, input_pos: int64 [T]. Returns what `head` takes."""
+        h = self.embed(tokens)
+        return self.run_layers(h, self.per_layer_inputs(tokens, h), input_pos, caches, make)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [T]. Returns float32 [T, H]."""
+        h: Tensor = self.embed_tokens(tokens) * self.config.hidden_size**0.5
+        return h
 
     def per_layer_inputs(self, tokens: Tensor, h: Tensor) -> Sequence[Tensor | None]:
         """What each layer adds of its own, [T, P] float32: from the token's id and from its embedding h [T, H]."""
