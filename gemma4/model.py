@@ -279,18 +279,7 @@ class TextModel(Decoder):
         T; an exporter fixes it, because a graph whose T is open cannot choose.
         """
         make = rows or self.rows_for(tokens.shape[0])
-        layers = cast("Sequence[DecoderLayer]", list(self.layers))  # one object a layer: tracers make one per access
-        last = layers[-1]
-        next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
-        h: Tensor = self.embed_tokens(tokens) * self.config.hidden_size**0.5
-        x = make.normed(h, layers[0].input_layernorm)
-        per_layer_inputs = self.per_layer_inputs(tokens, h)
-        steps = zip(layers, cache.layers, next_norms, per_layer_inputs, strict=True)
-        for layer, layer_cache, next_norm, own_input in steps:
-            inv_freq = getattr(self, f"inv_freq_{layer.kind}")
-            h, y = layer(h, x, make, input_pos, inv_freq, layer_cache, own_input)
-            if layer is not last:
-                h, x = make.residual_normed(h, y, layer.closing_norm, layer.layer_scalar, next_norm)
+        h, y = self.run(tokens, input_pos, cache.layers, make)
         cache.commit(input_pos)
         if num_logits == 0:
             return h.new_empty(0, self.config.vocab_size)
