@@ -125,6 +125,12 @@ class ContextError(Gemma4Error):
     code = "context"
 
 
+class DrafterMismatchError(Gemma4Error):
+    """A drafter was not made for the model it is to draft for."""
+
+    code = "drafter_mismatch"
+
+
 class FileUnreadableError(Gemma4Error, OSError):
     """The operating system refuses to open or map the file. `errno` holds its reason."""
 

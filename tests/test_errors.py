@@ -27,6 +27,7 @@ CODES = {
     "TokenizerError": "tokenizer",
     "TemplateError": "template",
     "ContextError": "context",
+    "DrafterMismatchError": "drafter_mismatch",
     "FileUnreadableError": "file_unreadable",
     "FileMissingError": "file_missing",
 }
