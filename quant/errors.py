@@ -131,6 +131,32 @@ class DrafterMismatchError(Gemma4Error):
     code = "drafter_mismatch"
 
 
+class DoesNotFitError(Gemma4Error):
+    """A model and its caches need more memory than there is. `table` lists what takes it; it ends `str(error)`."""
+
+    code = "does_not_fit"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | Path | None = None,
+        field: str | None = None,
+        offset: int | None = None,
+        table: str = "",
+    ) -> None:
+        super().__init__(message, path=path, field=field, offset=offset)
+        self.table = table
+
+    @property
+    def summary(self) -> str:
+        """The sentence without the table."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *self.table.splitlines()])
+
+
 class FileUnreadableError(Gemma4Error, OSError):
     """The operating system refuses to open or map the file. `errno` holds its reason."""
 

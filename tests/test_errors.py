@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma4.quant import errors
-from gemma4.quant.errors import FileMissingError, FileUnreadableError, Gemma4Error, MalformedError
+from gemma4.quant.errors import DoesNotFitError, FileMissingError, FileUnreadableError, Gemma4Error, MalformedError
 
 CODES = {
     "NotGGUFError": "not_gguf",
@@ -28,6 +28,7 @@ CODES = {
     "TemplateError": "template",
     "ContextError": "context",
     "DrafterMismatchError": "drafter_mismatch",
+    "DoesNotFitError": "does_not_fit",
     "FileUnreadableError": "file_unreadable",
     "FileMissingError": "file_missing",
 }
@@ -77,3 +78,10 @@ def test_a_missing_file_is_also_the_builtin_error() -> None:
         assert (same.errno, same.filename) == (errno.ENOENT, "gone.gguf")
     denied = pickle.loads(pickle.dumps(FileUnreadableError("denied", path="a", os_errno=errno.EACCES)))
     assert denied.errno == errno.EACCES
+
+
+def test_what_does_not_fit_comes_with_a_table() -> None:
+    error = DoesNotFitError("found 3, needed 4", path="m.gguf", field="max_seq_len", table="weights 3\ntotal 4")
+    for same in (error, copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert same.summary == "m.gguf: max_seq_len: found 3, needed 4"
+        assert str(same) == f"{same.summary}\nweights 3\ntotal 4"
