@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
+
 __all__ = [
     "dequantize_activations",
     "empty_activations",
@@ -113,7 +115,9 @@ def quantize_activations_kernel(
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     live = group < K // 32
@@ -163,6 +167,7 @@ def launch_quantize_activations(x: Tensor, planes: int) -> tuple[Tensor, Tensor,
         PLANES=planes,
         BLOCK_GROUPS=BLOCK_GROUPS,
         num_warps=4,
+        **dependent_launch_options(x.device),
     )
     return xq, xs, xsum
 

@@ -26,6 +26,7 @@ from gemma4.kernels.activations import (
     quantize_activations_reference,
     store_quantized,
 )
+from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
 __all__ = ["residual_norm", "residual_norm_quantize", "rms_norm", "rms_norm_quantize", "rms_norm_reference"]
 
@@ -80,6 +81,7 @@ def fused_norm_kernel(
     PLANES: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     UNITS: tl.constexpr = (K + 63) // 64
     eps = tl.cast(eps, tl.float32)  # a compiler may hand it over as float64
@@ -98,6 +100,7 @@ def fused_norm_kernel(
         post_weight, post_weight_piece = _load_row(post_weight_ptr, offs, K), _load_row(post_weight_ptr, at, K)
         if HAS_SCALE:
             scale = tl.load(scale_ptr)
+    await_inputs(PDL)
     if HAS_BRANCH:
         y = _load_row(y_ptr, offs, K)
         y_scale = tl.rsqrt(tl.sum(y * y, axis=0) / K + eps)
@@ -169,6 +172,7 @@ def launch_fused_norm(
         HAS_BRANCH=y is not None,
         HAS_SCALE=scale is not None,
         num_warps=16 if k > 1024 else 4,
+        **dependent_launch_options(h.device),
     )
     return h_out
 

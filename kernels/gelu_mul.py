@@ -19,6 +19,7 @@ from gemma4.kernels.activations import (
     quantize_activations_reference,
     store_quantized,
 )
+from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
 __all__ = ["gelu_mul", "gelu_mul_quantize", "gelu_mul_reference"]
 
@@ -43,8 +44,10 @@ def gelu_mul_kernel(
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     UNITS: tl.constexpr = (K + 63) // 64
+    await_inputs(PDL)
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = group < K // 32
@@ -87,6 +90,7 @@ def launch_gelu_mul(gate: Tensor, up: Tensor, out: tuple[Tensor, ...]) -> None:
         PLANES=out[0].shape[0] if len(out) > 1 else 0,
         BLOCK=BLOCK_GROUPS,
         num_warps=4,
+        **dependent_launch_options(gate.device),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from gemma4.kernels.activations import dequantize_activations
+from gemma4.kernels.dependent_launch import dependent_launch_options
 from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
 
 MAX_ROWS = 8
@@ -24,14 +25,15 @@ MAX_ROWS = 8
 def matvec_tile(name: str, k: int, m: int) -> dict[str, int]:
     """Tile of a matvec for M = m rows of x: KL lanes and KW warps along K, R rows of W a thread.
 
-    A warp reads neighbouring units of one row, so that its loads are whole lines. KL, KW and the loop fix the order
-    of the sum over K: they depend on the format and K alone, so that a row does not depend on its neighbours.
+    A warp reads neighbouring units of one row, so that its loads are whole lines. KL, KW and the order of steps fix the
+    order of the sum over K: they depend on the format and K alone, so that a row does not depend on its neighbours.
+    The weights of EARLY steps are in flight before the activations are awaited: all those of a short row.
     """
-    is_long = k >= 8192 and name != "q6_k"
-    few = 2 if is_long or m > 1 or name == "q6_k" else 1
+    warps = 4 if k >= 8192 and name != "q6_k" else 1
+    steps = triton.cdiv(k // PACKED_FORMATS[name].unit, 32 * warps)
+    early = steps if steps <= 3 and m == 1 else 1
     # Rows of W share the loads of x, which weigh more the more rows x has; from five on registers run out.
-    rows = 4 if 1 < m <= 4 and not is_long else few
-    return {"KL": 32, "RL": 1, "KW": 4 if is_long else 1, "R": rows, "UNROLL": 2 if is_long else 1}
+    return {"KL": 32, "RL": 1, "KW": warps, "R": 4 if 1 < m <= 4 else 2, "EARLY": early}
 
 
 def check_activations(name: str, xq: Tensor, xs: Tensor, xsum: Tensor, k: int) -> tuple[int, int]:
@@ -111,6 +113,7 @@ def launch_packed_matvec(
         EVEN_N=even,
         **tile,
         num_warps=warps,
+        **dependent_launch_options(y.device),
     )
     return y
 

@@ -35,6 +35,11 @@ class PackedFormat:
     planes: tuple[Plane, ...]
     dequantize: Callable[..., Tensor]
 
+    @property
+    def unit(self) -> int:
+        """Weights that a thread of a matvec takes at a time."""
+        return 64 if self.block == 256 else 32
+
 
 _NIBBLES = Plane("qs", torch.uint8, 2)
 _FIFTH_BITS = Plane("qh", torch.int32, 32)

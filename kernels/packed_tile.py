@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4.kernels.dependent_launch import await_inputs
 from gemma4.kernels.dp4a import dot4_signed, dot4_unsigned
 
 
@@ -239,6 +240,50 @@ def dot_sixteen(
     if acc is None:
         acc = tl.zeros(w.shape, tl.int32)
     return dot4_signed(w, x, acc) if SIGNED else dot4_unsigned(w, x, acc)
+
+
+@triton.jit
+def multiply_rows(
+    fetch: tl.constexpr,  # (planes, row, unit, K) -> the packed words of one unit of each row
+    add: tl.constexpr,  # (sums, words, unit, live, xq_ptr, xs_ptr, xsum_ptr, K, M, PLANES, EVEN) -> sums with them
+    planes,  # pointers to the first row of this program
+    row,  # [1, RL, 1, R] int64
+    xq_ptr,
+    xs_ptr,
+    xsum_ptr,
+    UNITS: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    KL: tl.constexpr,
+    RL: tl.constexpr,
+    KW: tl.constexpr,
+    R: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Tuple of M tensors [KL, RL, KW, R] float32: what each thread sums of x times its rows of W.
+
+    The words of the first EARLY steps are fetched before the activations are awaited.
+    """
+    STEP: tl.constexpr = KL * KW
+    lane = tile_unit(KL, RL, KW)
+    early = ()
+    for step in tl.static_range(EARLY):
+        unit = inside(step * STEP + lane, UNITS, (step + 1) * STEP <= UNITS)
+        early = early + (fetch(planes, row, unit, K),)  # type: ignore[assignment]  # noqa: RUF005
+    await_inputs(PDL)
+    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
+    for step in tl.static_range(EARLY):
+        unit = inside(step * STEP + lane, UNITS, (step + 1) * STEP <= UNITS)
+        live = step * STEP + lane < UNITS
+        sums = add(sums, early[step], unit, live, xq_ptr, xs_ptr, xsum_ptr, K, M, PLANES, (step + 1) * STEP <= UNITS)
+    for step in tl.range(EARLY, tl.cdiv(UNITS, STEP)):
+        unit = inside(step * STEP + lane, UNITS, UNITS % STEP == 0)
+        live = step * STEP + lane < UNITS
+        words = fetch(planes, row, unit, K)
+        sums = add(sums, words, unit, live, xq_ptr, xs_ptr, xsum_ptr, K, M, PLANES, UNITS % STEP == 0)
+    return sums
 
 
 @triton.jit

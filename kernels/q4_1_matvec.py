@@ -16,15 +16,47 @@ from gemma4.kernels.packed_matvec import packed_matvec, packed_matvec_fake
 from gemma4.kernels.packed_tile import (
     add_group,
     float_half,
-    inside,
     load_piece,
     load_word,
+    multiply_rows,
     nibbles,
     store_rows,
     tile_row,
     tile_start,
-    tile_unit,
 )
+
+
+@triton.jit
+def q4_1_fetch(planes, row, unit, K: tl.constexpr):
+    """The packed words of one unit of 32 weights of each row."""
+    qs_ptr, dm_ptr = planes
+    return (
+        load_piece(qs_ptr, row, unit, K // 2),
+        load_word(dm_ptr, row, unit, K // 32),
+    )
+
+
+@triton.jit
+def q4_1_add(
+    sums,
+    words,
+    unit,
+    live,
+    xq_ptr,
+    xs_ptr,
+    xsum_ptr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Sums with one unit of each row added."""
+    w, dm = words
+    d, offset = float_half(dm, 0), float_half(dm, 1)
+    return add_group(
+        sums, nibbles(w, 0), nibbles(w, 1), d, offset, unit, live, xq_ptr, xs_ptr, xsum_ptr,
+        K, M, PLANES, False, True, EVEN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -43,27 +75,18 @@ def q4_1_matvec_kernel(
     RL: tl.constexpr,
     KW: tl.constexpr,
     R: tl.constexpr,
-    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    UNITS: tl.constexpr = K // 32
-    EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
     start = tile_start(RL, R)
     qs_ptr += start * (K // 2)
     dm_ptr += start * (K // 16)
     row = tile_row(start, N, RL, R, EVEN_N)
-    lane = tile_unit(KL, RL, KW)
-    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
-    for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):
-        live = step * (KL * KW) + lane < UNITS
-        unit = inside(step * (KL * KW) + lane, UNITS, EVEN_K)
-        w = load_piece(qs_ptr, row, unit, K // 2)
-        dm = load_word(dm_ptr, row, unit, K // 32)
-        d, offset = float_half(dm, 0), float_half(dm, 1)
-        sums = add_group(
-            sums, nibbles(w, 0), nibbles(w, 1), d, offset, unit, live, xq_ptr, xs_ptr, xsum_ptr,
-            K, M, PLANES, False, True, EVEN_K,
-        )  # fmt: skip
+    sums = multiply_rows(
+        q4_1_fetch, q4_1_add, (qs_ptr, dm_ptr), row, xq_ptr, xs_ptr, xsum_ptr,
+        K // 32, K, M, PLANES, KL, RL, KW, R, EARLY, PDL,
+    )  # fmt: skip
     store_rows(y_ptr, sums, start, N, M, RL, R)
 
 

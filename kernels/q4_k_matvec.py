@@ -17,14 +17,54 @@ from gemma4.kernels.packed_tile import (
     add_group,
     float_byte,
     float_half,
-    inside,
     load_piece,
     load_word,
+    multiply_rows,
     store_rows,
     tile_row,
     tile_start,
-    tile_unit,
 )
+
+
+@triton.jit
+def q4_k_fetch(planes, row, unit, K: tl.constexpr):
+    """The packed words of one unit of 64 weights of each row."""
+    qs_ptr, codes_ptr, dm_ptr = planes
+    return (
+        load_piece(qs_ptr, row, unit * 2, K // 2),
+        load_piece(qs_ptr, row, unit * 2 + 1, K // 2),
+        load_word(codes_ptr, row, unit, K // 64),
+        load_word(dm_ptr, row, unit >> 2, K // 256),
+    )
+
+
+@triton.jit
+def q4_k_add(
+    sums,
+    words,
+    unit,
+    live,
+    xq_ptr,
+    xs_ptr,
+    xsum_ptr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Sums with one unit of each row added."""
+    w0, w1, code, dm = words
+    d, dmin = float_half(dm, 0), -float_half(dm, 1)
+    for high in tl.static_range(2):
+        # High nibbles stay where they are, sixteen times their value: the scale undoes it exactly.
+        nibble = 0x0F0F0F0F if high == 0 else -0x0F0F0F10
+        scale = (d if high == 0 else d * 0.0625) * float_byte(code, high)
+        offset = dmin * float_byte(code, 2 + high)
+        sums = add_group(
+            sums, w0 & nibble, w1 & nibble, scale, offset, unit * 2 + high, live, xq_ptr, xs_ptr, xsum_ptr,
+            K, M, PLANES, False, True, EVEN,
+        )  # fmt: skip
+    return sums
 
 
 @triton.jit
@@ -44,35 +84,19 @@ def q4_k_matvec_kernel(
     RL: tl.constexpr,
     KW: tl.constexpr,
     R: tl.constexpr,
-    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    UNITS: tl.constexpr = K // 64
-    EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
     start = tile_start(RL, R)
     qs_ptr += start * (K // 2)
     codes_ptr += start * (K // 16)
     dm_ptr += start * (K // 128)
     row = tile_row(start, N, RL, R, EVEN_N)
-    lane = tile_unit(KL, RL, KW)
-    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
-    for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):
-        live = step * (KL * KW) + lane < UNITS
-        unit = inside(step * (KL * KW) + lane, UNITS, EVEN_K)
-        w0 = load_piece(qs_ptr, row, unit * 2, K // 2)
-        w1 = load_piece(qs_ptr, row, unit * 2 + 1, K // 2)
-        code = load_word(codes_ptr, row, unit, K // 64)
-        dm = load_word(dm_ptr, row, unit >> 2, K // 256)
-        d, dmin = float_half(dm, 0), -float_half(dm, 1)
-        for high in tl.static_range(2):
-            # High nibbles stay where they are, sixteen times their value: the scale undoes it exactly.
-            nibble = 0x0F0F0F0F if high == 0 else -0x0F0F0F10
-            scale = (d if high == 0 else d * 0.0625) * float_byte(code, high)
-            offset = dmin * float_byte(code, 2 + high)
-            sums = add_group(
-                sums, w0 & nibble, w1 & nibble, scale, offset, unit * 2 + high, live, xq_ptr, xs_ptr, xsum_ptr,
-                K, M, PLANES, False, True, EVEN_K,
-            )  # fmt: skip
+    sums = multiply_rows(
+        q4_k_fetch, q4_k_add, (qs_ptr, codes_ptr, dm_ptr), row, xq_ptr, xs_ptr, xsum_ptr,
+        K // 64, K, M, PLANES, KL, RL, KW, R, EARLY, PDL,
+    )  # fmt: skip
     store_rows(y_ptr, sums, start, N, M, RL, R)
 
 

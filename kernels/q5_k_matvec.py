@@ -19,17 +19,57 @@ from gemma4.kernels.packed_tile import (
     float_byte,
     float_half,
     high_word,
-    inside,
     load_piece,
     load_word,
     load_word_pair,
     low_word,
+    multiply_rows,
     nibbles,
     store_rows,
     tile_row,
     tile_start,
-    tile_unit,
 )
+
+
+@triton.jit
+def q5_k_fetch(planes, row, unit, K: tl.constexpr):
+    """The packed words of one unit of 64 weights of each row."""
+    qs_ptr, qh_ptr, codes_ptr, dm_ptr = planes
+    return (
+        load_piece(qs_ptr, row, unit * 2, K // 2),
+        load_piece(qs_ptr, row, unit * 2 + 1, K // 2),
+        load_word_pair(qh_ptr, row, unit, K // 64),
+        load_word(codes_ptr, row, unit, K // 64),
+        load_word(dm_ptr, row, unit >> 2, K // 256),
+    )
+
+
+@triton.jit
+def q5_k_add(
+    sums,
+    words,
+    unit,
+    live,
+    xq_ptr,
+    xs_ptr,
+    xsum_ptr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Sums with one unit of each row added."""
+    w0, w1, qh, code, dm = words
+    d, dmin = float_half(dm, 0), -float_half(dm, 1)
+    for high in tl.static_range(2):
+        scale, offset = d * float_byte(code, high), dmin * float_byte(code, 2 + high)
+        q0 = nibbles(w0, high) | fifth_bits(low_word(qh), high)
+        q1 = nibbles(w1, high) | fifth_bits(high_word(qh), high)
+        sums = add_group(
+            sums, q0, q1, scale, offset, unit * 2 + high, live, xq_ptr, xs_ptr, xsum_ptr,
+            K, M, PLANES, False, True, EVEN,
+        )  # fmt: skip
+    return sums
 
 
 @triton.jit
@@ -50,36 +90,20 @@ def q5_k_matvec_kernel(
     RL: tl.constexpr,
     KW: tl.constexpr,
     R: tl.constexpr,
-    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    UNITS: tl.constexpr = K // 64
-    EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
     start = tile_start(RL, R)
     qs_ptr += start * (K // 2)
     qh_ptr += start * (K // 32)
     codes_ptr += start * (K // 16)
     dm_ptr += start * (K // 128)
     row = tile_row(start, N, RL, R, EVEN_N)
-    lane = tile_unit(KL, RL, KW)
-    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
-    for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):
-        live = step * (KL * KW) + lane < UNITS
-        unit = inside(step * (KL * KW) + lane, UNITS, EVEN_K)
-        w0 = load_piece(qs_ptr, row, unit * 2, K // 2)
-        w1 = load_piece(qs_ptr, row, unit * 2 + 1, K // 2)
-        qh = load_word_pair(qh_ptr, row, unit, K // 64)
-        code = load_word(codes_ptr, row, unit, K // 64)
-        dm = load_word(dm_ptr, row, unit >> 2, K // 256)
-        d, dmin = float_half(dm, 0), -float_half(dm, 1)
-        for high in tl.static_range(2):
-            scale, offset = d * float_byte(code, high), dmin * float_byte(code, 2 + high)
-            q0 = nibbles(w0, high) | fifth_bits(low_word(qh), high)
-            q1 = nibbles(w1, high) | fifth_bits(high_word(qh), high)
-            sums = add_group(
-                sums, q0, q1, scale, offset, unit * 2 + high, live, xq_ptr, xs_ptr, xsum_ptr,
-                K, M, PLANES, False, True, EVEN_K,
-            )  # fmt: skip
+    sums = multiply_rows(
+        q5_k_fetch, q5_k_add, (qs_ptr, qh_ptr, codes_ptr, dm_ptr), row, xq_ptr, xs_ptr, xsum_ptr,
+        K // 64, K, M, PLANES, KL, RL, KW, R, EARLY, PDL,
+    )  # fmt: skip
     store_rows(y_ptr, sums, start, N, M, RL, R)
 
 

@@ -16,18 +16,59 @@ from gemma4.kernels.dp4a import signed_byte
 from gemma4.kernels.packed_matvec import packed_matvec, packed_matvec_fake
 from gemma4.kernels.packed_tile import (
     add_group_of_halves,
-    inside,
     load_half,
     load_piece,
     load_word,
     load_word_pair,
+    multiply_rows,
     nibbles,
     store_rows,
     tile_row,
     tile_start,
-    tile_unit,
     top_bits,
 )
+
+
+@triton.jit
+def q6_k_fetch(planes, row, unit, K: tl.constexpr):
+    """The packed words of one unit of 64 weights of each row."""
+    qs_ptr, qh_ptr, scales_ptr, d_ptr = planes
+    return (
+        load_piece(qs_ptr, row, unit * 2, K // 2),
+        load_piece(qs_ptr, row, unit * 2 + 1, K // 2),
+        load_word_pair(qh_ptr, row, unit * 2, K // 32),
+        load_word_pair(qh_ptr, row, unit * 2 + 1, K // 32),
+        load_word(scales_ptr, row, unit, K // 64),
+        load_half(d_ptr, row, unit >> 2, K // 256),
+    )
+
+
+@triton.jit
+def q6_k_add(
+    sums,
+    words,
+    unit,
+    live,
+    xq_ptr,
+    xs_ptr,
+    xsum_ptr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Sums with one unit of each row added."""
+    w0, w1, qh0, qh1, code, d = words
+    for high in tl.static_range(2):
+        q0 = nibbles(w0, high) | top_bits((qh0 >> (32 * high)).to(tl.int32))
+        q1 = nibbles(w1, high) | top_bits((qh1 >> (32 * high)).to(tl.int32))
+        scale0 = d * signed_byte(code, 2 * high).to(tl.float32)
+        scale1 = d * signed_byte(code, 2 * high + 1).to(tl.float32)
+        sums = add_group_of_halves(
+            sums, q0, q1, scale0, scale1, 32.0, unit * 2 + high, live, xq_ptr, xs_ptr, xsum_ptr,
+            K, M, PLANES, EVEN,
+        )  # fmt: skip
+    return sums
 
 
 @triton.jit
@@ -48,37 +89,20 @@ def q6_k_matvec_kernel(
     RL: tl.constexpr,
     KW: tl.constexpr,
     R: tl.constexpr,
-    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    UNITS: tl.constexpr = K // 64
-    EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
     start = tile_start(RL, R)
     qs_ptr += start * (K // 2)
     qh_ptr += start * (K // 16)
     scales_ptr += start * (K // 16)
     d_ptr += start * (K // 256)
     row = tile_row(start, N, RL, R, EVEN_N)
-    lane = tile_unit(KL, RL, KW)
-    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
-    for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):
-        live = step * (KL * KW) + lane < UNITS
-        unit = inside(step * (KL * KW) + lane, UNITS, EVEN_K)
-        w0 = load_piece(qs_ptr, row, unit * 2, K // 2)
-        w1 = load_piece(qs_ptr, row, unit * 2 + 1, K // 2)
-        qh0 = load_word_pair(qh_ptr, row, unit * 2, K // 32)
-        qh1 = load_word_pair(qh_ptr, row, unit * 2 + 1, K // 32)
-        code = load_word(scales_ptr, row, unit, K // 64)
-        d = load_half(d_ptr, row, unit >> 2, K // 256)
-        for high in tl.static_range(2):
-            q0 = nibbles(w0, high) | top_bits((qh0 >> (32 * high)).to(tl.int32))
-            q1 = nibbles(w1, high) | top_bits((qh1 >> (32 * high)).to(tl.int32))
-            scale0 = d * signed_byte(code, 2 * high).to(tl.float32)
-            scale1 = d * signed_byte(code, 2 * high + 1).to(tl.float32)
-            sums = add_group_of_halves(
-                sums, q0, q1, scale0, scale1, 32.0, unit * 2 + high, live, xq_ptr, xs_ptr, xsum_ptr,
-                K, M, PLANES, EVEN_K,
-            )  # fmt: skip
+    sums = multiply_rows(
+        q6_k_fetch, q6_k_add, (qs_ptr, qh_ptr, scales_ptr, d_ptr), row, xq_ptr, xs_ptr, xsum_ptr,
+        K // 64, K, M, PLANES, KL, RL, KW, R, EARLY, PDL,
+    )  # fmt: skip
     store_rows(y_ptr, sums, start, N, M, RL, R)
 
 

@@ -15,14 +15,46 @@ from torch.library import triton_op
 from gemma4.kernels.packed_matvec import packed_matvec, packed_matvec_fake
 from gemma4.kernels.packed_tile import (
     add_group,
-    inside,
     load_half,
     load_piece,
+    multiply_rows,
     store_rows,
     tile_row,
     tile_start,
-    tile_unit,
 )
+
+
+@triton.jit
+def q8_0_fetch(planes, row, unit, K: tl.constexpr):
+    """The packed words of one unit of 32 weights of each row."""
+    qs_ptr, d_ptr = planes
+    return (
+        load_piece(qs_ptr, row, unit * 2, K),
+        load_piece(qs_ptr, row, unit * 2 + 1, K),
+        load_half(d_ptr, row, unit, K // 32),
+    )
+
+
+@triton.jit
+def q8_0_add(
+    sums,
+    words,
+    unit,
+    live,
+    xq_ptr,
+    xs_ptr,
+    xsum_ptr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Sums with one unit of each row added."""
+    w0, w1, d = words
+    return add_group(
+        sums, w0, w1, d, d, unit, live, xq_ptr, xs_ptr, xsum_ptr,
+        K, M, PLANES, True, False, EVEN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -41,27 +73,18 @@ def q8_0_matvec_kernel(
     RL: tl.constexpr,
     KW: tl.constexpr,
     R: tl.constexpr,
-    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    UNITS: tl.constexpr = K // 32
-    EVEN_K: tl.constexpr = UNITS % (KL * KW) == 0
     start = tile_start(RL, R)
     qs_ptr += start * (K)
     d_ptr += start * (K // 32)
     row = tile_row(start, N, RL, R, EVEN_N)
-    lane = tile_unit(KL, RL, KW)
-    sums = (tl.zeros((KL, RL, KW, R), tl.float32),) * M
-    for step in tl.range(0, tl.cdiv(UNITS, KL * KW), loop_unroll_factor=UNROLL):
-        live = step * (KL * KW) + lane < UNITS
-        unit = inside(step * (KL * KW) + lane, UNITS, EVEN_K)
-        w0 = load_piece(qs_ptr, row, unit * 2, K)
-        w1 = load_piece(qs_ptr, row, unit * 2 + 1, K)
-        d = load_half(d_ptr, row, unit, K // 32)
-        sums = add_group(
-            sums, w0, w1, d, d, unit, live, xq_ptr, xs_ptr, xsum_ptr,
-            K, M, PLANES, True, False, EVEN_K,
-        )  # fmt: skip
+    sums = multiply_rows(
+        q8_0_fetch, q8_0_add, (qs_ptr, d_ptr), row, xq_ptr, xs_ptr, xsum_ptr,
+        K // 32, K, M, PLANES, KL, RL, KW, R, EARLY, PDL,
+    )  # fmt: skip
     store_rows(y_ptr, sums, start, N, M, RL, R)
 
 

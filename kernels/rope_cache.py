@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
+
 PREFILL_HEADS = 8  # heads that share the angles of one token where there are tokens enough to fill the device
 DECODE_TOKENS = 32
 TWO_PI = tl.constexpr(2.0 * math.pi)
@@ -121,8 +123,10 @@ def _qk_norm_rope_kernel(
     V_NORM: tl.constexpr,
     INTO_CACHE: tl.constexpr,
     HEADS: tl.constexpr,  # heads of one program, of Q_HEADS + 2 * KV_HEADS
+    PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
+    await_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(input_pos_ptr + token)
     row = position % cache_len if INTO_CACHE else token
@@ -258,6 +262,7 @@ def qk_norm_rope_launch(
         INTO_CACHE=into_cache,
         HEADS=heads,
         num_warps=4 if into_cache else 1,
+        **dependent_launch_options(q.device),
     )
     return q_out
 

@@ -23,6 +23,7 @@ from gemma4.kernels.activations import (
     launch_quantize_activations,
     store_quantized,
 )
+from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
 __all__ = [
     "Partials",
@@ -68,12 +69,14 @@ def split_merge_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PLANES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     K: tl.constexpr = Q_HEADS * D
     out_row = tl.program_id(0)  # over B, Hkv and ROWS, which is over B, Hq and T
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     splits = tl.arange(0, SPLITS_PADDED)
     mask = splits < SPLITS
+    await_inputs(PDL)
     part_rows = (out_row // ROWS * SPLITS + splits).to(tl.int64) * ROWS + out_row % ROWS
     largest = tl.load(largest_ptr + part_rows, mask=mask, other=float("-inf"))
     sums = tl.load(sums_ptr + part_rows, mask=mask, other=0.0)
@@ -116,6 +119,7 @@ def launch_merge(partials: Partials, tokens: int, out: tuple[Tensor, ...]) -> No
         BLOCK_D=block_d,
         PLANES=out[0].shape[0] if len(out) > 1 else 0,
         num_warps=4,
+        **dependent_launch_options(partials.acc.device),
     )
 
 

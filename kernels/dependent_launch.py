@@ -1,0 +1,41 @@
+"""Programmatic dependent launch: a kernel starts while the one before it still runs, and waits before it reads.
+
+A decode step is a chain of short kernels, and much of what a short kernel costs is starting. With dependent launch the
+programs of a kernel are placed as soon as those of the kernel before it all run; they fetch weights, which nobody
+writes, and only then wait for their inputs. CUDA C++ Programming Guide, "Programmatic Dependent Launch and
+Synchronization"; compute capability 9.0 and later.
+
+A kernel calls `await_inputs` before its first read of anything an earlier kernel wrote and before its first store, and
+is launched with `dependent_launch_options`. Every one of its programs waits, so a finished kernel means that all before
+it have finished too.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["await_inputs", "dependent_launch_options"]
+
+
+@triton.jit
+def await_inputs(PDL: tl.constexpr):
+    """Lets the next kernel start and waits until all earlier ones have finished."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@cache
+def _has_dependent_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def dependent_launch_options(device: torch.device) -> dict[str, bool]:
+    """Launch arguments of a kernel with a PDL switch; off where a compiler records the launch."""
+    is_on = not torch.compiler.is_compiling() and _has_dependent_launch(device)
+    return {"PDL": True, "launch_pdl": True} if is_on else {"PDL": False}
