@@ -63,6 +63,7 @@ class _Slice:
             dense.copy_(decoded)
 
 
+@torch.inference_mode(False)  # workers share the buffers, and a mode is a thread's own
 def load_weights(
     model: nn.Module,
     plan: LoadPlan,

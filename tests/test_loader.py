@@ -357,3 +357,11 @@ def test_host_memory_of_loading_to_a_gpu(large: Path) -> None:
         model = Gemma4.from_gguf(large, device="cuda")
     assert model.device.type == "cuda"
     assert meter.peak_bytes < 3 << 29  # 1.5 GiB, what CUDA itself takes included
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_loading_inside_inference_mode(tiny: Path, device: str) -> None:
+    with torch.inference_mode():
+        model = Gemma4.from_gguf(tiny, device=device)
+    assert not any(plane.is_inference() for plane in model.model.embed_tokens.weight.planes)
+    assert len(model.generate_ids([1, 2, 3], 4)) == 4
