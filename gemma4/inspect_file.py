@@ -113,6 +113,7 @@ class FileReport:
             "fused_gate_up": None if gate_up is None else len(gate_up.fused),
             "unfused_gate_up": None if gate_up is None else len(gate_up.left),
             "decoded_types": None if self.plan is None else [kind.name for kind in self.plan.decoded_types],
+            "not_loaded": None if self.plan is None else {g.what: len(g.names) for g in self.plan.not_loaded},
             "config": None if self.config is None else _config_json(self.config),
             "unsupported": unsupported and {"code": unsupported.code, "message": str(unsupported)},
             "metadata": {key: _json_value(value) for key, value in self.metadata.items()},

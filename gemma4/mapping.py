@@ -6,15 +6,16 @@ Hugging Face's modules.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from gemma4.config import Gemma4Config
 from gemma4.quant.ggml_types import GGMLType
-from gemma4.quant.plan import LOADABLE_TYPES, LoadPlan, make_plan
+from gemma4.quant.plan import LOADABLE_TYPES, LoadPlan, NotLoaded, make_plan
 from gemma4.quant.transforms import concat_rows, read_by_config, register_transforms, rename, transforms_for
 
 if TYPE_CHECKING:
-    from gemma4.quant.gguf_file import GGUFFile
+    from gemma4.quant.gguf_file import GGUFFile, TensorInfo
 
 _GLOBAL_NAMES: Final = {
     "token_embd.weight": "embed_tokens.weight",
@@ -54,7 +55,28 @@ _LAYER_NAMES: Final = {
     "post_norm.weight": "post_per_layer_input_norm.weight",
 }
 
-_PACKED: Final = LOADABLE_TYPES - {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
+# A matrix of NVFP4 may come with a scale of its own, by which its products are multiplied.
+_SCALED: Final = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_up_exps": "experts.gate_up_proj",
+    "ffn_gate_exps": "experts.gate_proj",
+    "ffn_up_exps": "experts.up_proj",
+    "ffn_down_exps": "experts.down_proj",  # as ffn_down_exps.weight.scale; ffn_down_exps.scale is the router's
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+}
+
+# Not NVFP4: scales are of whole matrices.
+_PACKED: Final = LOADABLE_TYPES - {GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.NVFP4}
+
+# Encoders of images and sound, and what joins them to the text model, in files that hold all of it.
+_NOT_TEXT: Final = ("v.", "a.", "mm.")
 
 _TEXT_MODEL: Final = (
     concat_rows(
@@ -85,6 +107,13 @@ _TEXT_MODEL: Final = (
     read_by_config("rope_freqs.weight"),
     *(rename(source, target) for source, target in _GLOBAL_NAMES.items()),
     *(rename(f"blk.{{layer}}.{source}", f"layers.{{layer}}.{target}") for source, target in _LAYER_NAMES.items()),
+    *(
+        rename(f"blk.{{layer}}.{source}{suffix}", f"layers.{{layer}}.{target}.scale")
+        for source, target in _SCALED.items()
+        for suffix in (".scale", ".weight.scale")
+        if f"{source}{suffix}" not in _LAYER_NAMES
+    ),
+    *(rename(f"output{suffix}", "lm_head.scale") for suffix in (".scale", ".weight.scale")),
 )
 
 for _architecture in ("gemma3", "gemma4"):
@@ -92,7 +121,7 @@ for _architecture in ("gemma3", "gemma4"):
 
 
 def expected_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
-    """The tensors a file must hold for this configuration, no more and no less: GGUF name -> torch shape."""
+    """The tensors a file must hold for this configuration: GGUF name -> torch shape."""
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (config.vocab_size, hidden),
@@ -155,23 +184,45 @@ def _expert_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def unused_tensors(config: Gemma4Config) -> frozenset[str]:
-    """Tensors that some files hold although nothing reads them: keys and values of layers that share others'."""
-    names = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
-    shared = (i for i, layer in enumerate(config.layers) if layer.kv_source is not None)
-    return frozenset(f"blk.{i}.{name}" for i in shared for name in names)
+def scale_tensors(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The scales that a file holds beside its NVFP4 matrices: GGUF name -> shape, one number or one of each expert."""
+    scales: dict[str, tuple[int, ...]] = {}
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].type is GGMLType.NVFP4:
+            own = {f"{name.removesuffix('.weight')}.scale", f"{name}.scale"} - expected.keys()
+            scales |= {scale: shape[:-2] or (1,) for scale in own if scale in tensors}
+    return scales
+
+
+def tensors_not_loaded(
+    config: Gemma4Config, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+) -> tuple[NotLoaded, ...]:
+    """Tensors that some files hold although the text model reads none of them."""
+    shared = [i for i, layer in enumerate(config.layers) if layer.kv_source is not None]
+    own_kv = tuple(f"blk.{i}.{name}." for i in shared for name in ("attn_k", "attn_v", "attn_k_norm"))
+    nvfp4 = {name for name in expected if name in tensors and tensors[name].type is GGMLType.NVFP4}
+    inputs = {f"{base}.input_scale" for name in nvfp4 for base in (name, name.removesuffix(".weight"))}
+    groups = {
+        "vision and audio": [name for name in tensors if name.startswith(_NOT_TEXT)],
+        "keys and values in layers that read another layer's": [name for name in tensors if name.startswith(own_kv)],
+        "input scales, for products with 4-bit activations": [name for name in tensors if name in inputs],
+    }
+    return tuple(NotLoaded(what, tuple(names)) for what, names in groups.items() if names)
 
 
 def plan_load(file: GGUFFile, config: Gemma4Config, *, fuse: bool = True) -> LoadPlan:
     """The load plan of an open file. Raises the errors of `make_plan`."""
-    unused = unused_tensors(config)
+    expected = expected_tensors(config)
     return make_plan(
         config.architecture,
-        {name: tensor for name, tensor in file.tensors.items() if name not in unused},
-        expected_tensors(config),
+        file.tensors,
+        expected | scale_tensors(file.tensors, expected),
         transforms_for(config.architecture),
         num_layers=config.num_hidden_layers,
         is_head_tied=config.tie_word_embeddings,
+        not_loaded=tensors_not_loaded(config, file.tensors, expected),
         fuse=fuse,
         path=file.path,
     )

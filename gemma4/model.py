@@ -52,7 +52,8 @@ class Weights:
         return PackedWeight(entry.type, (n, k))
 
     def linear(self, name: str, out_dtype: torch.dtype = torch.float32) -> Linear:
-        return Linear(self.packed(name), out_dtype)
+        scale = self.entries.get(f"{self.scope}{name}.scale")
+        return Linear(self.packed(name), out_dtype, 0 if scale is None else scale.shape[0])
 
     def norm(self, name: str, eps: float) -> RMSNorm:
         return RMSNorm(self._entry(name).shape[0], eps)

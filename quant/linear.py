@@ -99,17 +99,22 @@ class Linear(nn.Module):
     """y = x @ W.T for a packed W [N, K]: x [M, K], y [M, N].
 
     out_dtype: of y where a kernel sums in float32 and may keep it; elsewhere y has the dtype of x.
+    num_scales: of numbers float32 that multiply y, of which row groups of W may have one each; 0 for none.
     """
 
-    def __init__(self, weight: PackedWeight, out_dtype: torch.dtype) -> None:
+    def __init__(self, weight: PackedWeight, out_dtype: torch.dtype, num_scales: int = 0) -> None:
         super().__init__()
         self.weight = weight
         self.out_dtype = out_dtype
+        scale = torch.empty(num_scales, dtype=torch.float32, device="meta") if num_scales else None
+        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Rows) -> Tensor:
         if len(x) > 1:
-            return MATVEC_OPS[self.weight.ggml_type](*x, *self.weight.planes, out_dtype=self.out_dtype)
-        return packed_linear(x[0], self.weight)
+            y: Tensor = MATVEC_OPS[self.weight.ggml_type](*x, *self.weight.planes, out_dtype=self.out_dtype)
+        else:
+            y = packed_linear(x[0], self.weight)
+        return y if self.scale is None else (y.float() * self.scale).to(y.dtype)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, rows: slice | None = None) -> Tensor:

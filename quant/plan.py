@@ -100,6 +100,17 @@ class Fusion:
 
 
 @dataclass(frozen=True, slots=True)
+class NotLoaded:
+    """Tensors of the file that the model does without, and what they are."""
+
+    what: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"not loaded: {len(self.names)} tensors of {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPlan:
     """How a file's tensors become a model's weights."""
 
@@ -108,6 +119,7 @@ class LoadPlan:
     fusions: tuple[Fusion, ...]
     in_config: tuple[str, ...]  # tensors whose values the configuration holds
     is_head_tied: bool
+    not_loaded: tuple[NotLoaded, ...] = ()
 
     def __contains__(self, target: object) -> bool:
         return any(entry.target == target for entry in self.entries)
@@ -135,7 +147,7 @@ class LoadPlan:
         raise KeyError(name)
 
     def describe(self) -> str:
-        """A table of the weights by type, then one line per type without a kernel and per fusion."""
+        """A table of the weights by type, then a line per type without a kernel, fusion, and kind not loaded."""
         tensors: Counter[GGMLType] = Counter()
         weights: Counter[GGMLType] = Counter()
         size: Counter[GGMLType] = Counter()
@@ -159,6 +171,7 @@ class LoadPlan:
         ]
         lines += [f"{kind.name}: {_DECODED}" for kind in self.decoded_types]
         lines += [str(fusion) for fusion in self.fusions]
+        lines += [str(group) for group in self.not_loaded]
         lines.append("lm_head tied to embed_tokens" if self.is_head_tied else "lm_head has its own weights")
         return "\n".join(lines)
 
@@ -171,16 +184,18 @@ def make_plan(
     *,
     num_layers: int,
     is_head_tied: bool,
+    not_loaded: tuple[NotLoaded, ...] = (),
     fuse: bool = True,
     path: Path | None = None,
 ) -> LoadPlan:
     """Plans how `tensors` fill a model that needs `expected` (GGUF name -> torch shape).
 
-    fuse=False leaves out the transforms that join tensors.
+    not_loaded: those of `tensors` that are left aside. fuse=False leaves out the transforms that join tensors.
     Raises MissingTensorError, UnexpectedTensorError, ShapeError or UnsupportedTypeError.
     """
-    _check_inventory(tensors, expected, path)
-    unclaimed = dict(tensors)
+    left_aside = {name for group in not_loaded for name in group.names}
+    unclaimed = {name: tensor for name, tensor in tensors.items() if name not in left_aside}
+    _check_inventory(unclaimed, expected, path)
     entries: list[LoadEntry] = []
     in_config: list[str] = []
     fusions: list[Fusion] = []
@@ -207,7 +222,7 @@ def make_plan(
     _refuse(UnexpectedTensorError, unclaimed, "no transform of this architecture takes {}", path)
     duplicates = [target for target, count in Counter(e.target for e in entries).items() if count > 1]
     _refuse(UnexpectedTensorError, duplicates, "several transforms fill {}", path)
-    return LoadPlan(architecture, tuple(entries), tuple(fusions), tuple(in_config), is_head_tied)
+    return LoadPlan(architecture, tuple(entries), tuple(fusions), tuple(in_config), is_head_tied, not_loaded)
 
 
 def _matches(

@@ -150,7 +150,7 @@ def test_missing_layer(refuse: Refuse) -> None:
 
 
 def test_extra_tensor(refuse: Refuse) -> None:
-    for name in ("v.patch_embd.weight", "blk.0.attn_q.bias", "blk.1.attn_qkv.weight", "output_norm.bias"):
+    for name in ("vision.patch_embd.weight", "blk.0.attn_q.bias", "blk.1.attn_qkv.weight", "output_norm.bias"):
         model = gemma4()
         model.tensors[name] = model.tensors["blk.0.attn_q.weight"]
         assert "no place" in refuse(model, UnexpectedTensorError, name)
