@@ -19,6 +19,7 @@ from gemma4.config import Gemma4Config
 from gemma4.decode_loop import DecodeLoop
 from gemma4.generate import check_ids, check_room, generate_tokens, prefill
 from gemma4.mapping import plan_load
+from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, check_fits
 from gemma4.model import TextModel
 from gemma4.progress import progress_bar
 from gemma4.quant.errors import ContextError
@@ -74,7 +75,7 @@ class Gemma4:
         max_seq_len: positions a generation may use, at most the model's context.
         fuse: join gate and up projections where both are Q4_K.
         dequantize: hold dense weights in `dtype`; more memory, faster on a CPU.
-        Raises a Gemma4Error that names the file and what is wrong with it.
+        Raises a Gemma4Error that names the file and what is wrong with it; DoesNotFitError before anything is loaded.
         """
         device, dtype = _placement(device, dtype)
         with GGUFFile.open(path) as file:
@@ -84,10 +85,13 @@ class Gemma4:
                 logger.info("%s", fusion)
             if dequantize:
                 plan = plan.dense(_DENSE_TYPES[dtype])
+            max_seq_len = min(max_seq_len, config.context_length)
+            if device.type == "cuda":
+                memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
+                check_fits(memory, max_seq_len, available_gpu_bytes(device), file.path)
             model = TextModel(config, plan, dtype, device)
             with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
                 load_weights(model, plan, file, device, progress)
-            max_seq_len = min(max_seq_len, config.context_length)
             return cls(model.eval(), plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
 
     @classmethod
@@ -305,3 +309,10 @@ def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> 
     if dtype not in _DENSE_TYPES:
         raise ValueError(f"dtype: found {dtype}, expected {' or '.join(map(str, _DENSE_TYPES))}")
     return device, dtype
+
+
+def available_gpu_bytes(device: torch.device) -> int:
+    """What a plan may take: the free memory, what PyTorch holds unused, and what CUDA has taken for itself by now."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free) + unused + CONTEXT_BYTES

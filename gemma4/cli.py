@@ -1,7 +1,8 @@
-"""The `gemma4` command: look into a GGUF file, generate text with it, talk to it.
+"""The `gemma4` command: look into a GGUF file, see whether it fits a GPU, generate text with it, talk to it.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 a file or
-request that was refused (one line `error [code]: message` says why), 130 stopped by Ctrl-C.
+request that was refused (one line `error [code]: message` says why), 4 more memory needed than there is, 130 stopped by
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from gemma4 import __version__
+from gemma4.config import CacheKind
 from gemma4.printable import printable
-from gemma4.quant.errors import Gemma4Error
+from gemma4.quant.errors import DoesNotFitError, Gemma4Error
 
 if TYPE_CHECKING:
     from gemma4.measured_run import LoadOptions, TextOptions
 
+EXIT_USAGE: Final = 2
 EXIT_REFUSED: Final = 3
+EXIT_DOES_NOT_FIT: Final = 4
 
 app = typer.Typer(
-    help="Gemma 4 GGUF files: look into one, generate text with it, talk to it.",
+    help="Gemma 4 GGUF files: look into one, see whether it fits a GPU, generate text with it, talk to it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,6 +62,7 @@ DTypeOption = Annotated[
     DType | None, typer.Option("--dtype", help="Of matrix products. Default: float32 on cpu, bfloat16 on cuda.")
 ]
 MaxSeqLen = Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together, at most the model's own.")]
+KVCache = Annotated[CacheKind, typer.Option("--kv-cache", help="How full layers keep keys and values.")]
 Dequantize = Annotated[bool, typer.Option("--dequantize", help="Hold dense weights: more memory, faster on a CPU.")]
 NoFuse = Annotated[bool, typer.Option("--no-fuse", help="Keep gate and up projections apart.")]
 
@@ -69,6 +74,9 @@ def main(args: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app(args=args, prog_name="gemma4")
+    except DoesNotFitError as error:
+        print(f"{error.table}\nerror [{error.code}]: {printable(error.summary)}", file=sys.stderr)
+        sys.exit(EXIT_DOES_NOT_FIT)
     except Gemma4Error as error:
         print(f"error [{error.code}]: {printable(str(error))}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
@@ -108,6 +116,28 @@ def inspect(
 
     console = Console(width=None if sys.stdout.isatty() else 132, highlight=False, markup=False, emoji=False)
     print_report(console, report, list_tensors=tensors)
+
+
+@app.command("fit")
+def fit(
+    file: ModelFile,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")] = 4096,
+    kv_cache: KVCache = CacheKind.LOSSLESS,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="G", help="Of the GPU, in GiB. Default: what is free on the first one here.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show the GPU memory a model takes, by purpose. Ends with 0 if it fits, 4 if not, 2 if there is no GPU to ask."""
+    from gemma4.fit_report import fit_report, parse_memory
+
+    try:
+        gpu_bytes = None if gpu_memory is None else parse_memory(gpu_memory)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--gpu-memory") from error
+    report = fit_report(file, context, kv_cache, gpu_bytes)
+    print(json.dumps(report.to_json(), indent=2) if json_ else report.describe(), flush=True)
+    raise typer.Exit({True: 0, False: EXIT_DOES_NOT_FIT, None: EXIT_USAGE}[report.fits])
 
 
 @app.command("generate")

@@ -21,6 +21,8 @@ TORCH_FREE = (
     "gemma4.quant.plan",
     "gemma4.config",
     "gemma4.mapping",
+    "gemma4.memory_plan",
+    "gemma4.fit_report",
     "gemma4.tokenizer",
     "gemma4.chat",
     "gemma4.cli",

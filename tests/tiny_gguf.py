@@ -54,8 +54,10 @@ GEMMA4_31B = Sizes(60, 5376, 21504, 32, (16, 4), (256, 512))
 GEMMA4_12B = Sizes(48, 3840, 15360, 16, (8, 1), (256, 512))
 # Of the next three the dense part only: per-layer inputs, shared layers and experts are metadata and tensors beside it.
 GEMMA4_26B = Sizes(30, 2816, 2112, 16, (8, 2), (256, 512))
-GEMMA4_E4B = Sizes(42, 2560, 10240, 8, (2, 2), (256, 512), window=512, k_eq_v=False)
-GEMMA4_E2B = Sizes(35, 1536, (6144,) * 15 + (12288,) * 20, 8, (1, 1), (256, 512), window=512, period=5, k_eq_v=False)
+GEMMA4_E4B = Sizes(42, 2560, 10240, 8, (2, 2), (256, 512), window=512, context=131072, k_eq_v=False)
+GEMMA4_E2B = Sizes(
+    35, 1536, (6144,) * 15 + (12288,) * 20, 8, (1, 1), (256, 512), window=512, context=131072, period=5, k_eq_v=False
+)
 TINY_GEMMA3 = Sizes(7, 256, 768, 8, (2, 2), (64, 64), vocab=320, window=16, context=512, k_eq_v=False)
 GEMMA3_27B = Sizes(62, 5376, 21504, 32, (16, 16), (128, 128), context=131072, k_eq_v=False)
 

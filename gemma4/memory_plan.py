@@ -1,0 +1,235 @@
+"""How much GPU memory a model will take, known from its header alone: no weights are read, no torch is imported.
+
+    model = MemoryModel(config, load_plan, CacheKind.LOSSLESS)
+    plan = model.at(131072)
+    plan.total_bytes, model.longest_context(24 << 30)
+    print(plan.describe())
+
+A plan counts one generation: weights, the KV cache for all its positions, the most that is alive in a pass beside them,
+and what PyTorch and CUDA take for themselves. Rounding follows PyTorch's CUDACachingAllocator with default settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gemma4.config import CacheKind, Gemma4Config, LayerConfig, LayerKind
+from gemma4.quant.errors import ContextError, DoesNotFitError
+from gemma4.quant.ggml_types import BLOCK_FORMATS, GGMLType, row_bytes
+from gemma4.quant.plan import LoadEntry, LoadPlan
+from gemma4.workspace import Workspace
+
+CONTEXT_BYTES: Final = 500 << 20
+"""Allowance for what CUDA takes when a process begins to use a GPU."""
+RUNTIME_BYTES: Final = 160 << 20
+"""Allowance for loaded kernels, cuBLAS's workspace and the captured decode graph."""
+
+# Bytes of one block in each plane, where planes are not simply the file's bytes in one piece.
+_PLANE_BYTES: Final[dict[GGMLType, tuple[int, ...]]] = {
+    GGMLType.Q4_K: (128, 16, 4),
+    GGMLType.Q5_K: (128, 32, 16, 4),
+    GGMLType.Q6_K: (128, 64, 16, 2),
+    GGMLType.Q8_0: (32, 2),
+    GGMLType.Q5_0: (16, 4, 2),
+    GGMLType.Q5_1: (16, 4, 4),
+    GGMLType.Q4_0: (16, 2),
+    GGMLType.Q4_1: (16, 4),
+}
+_ALIGNMENT: Final = 512
+_LARGE: Final = 10 << 20
+_LARGE_STEP: Final = 2 << 20
+_LEAST_SPLIT: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """The caches of all layers of one kind. positions: those a layer keeps. bytes_per_token: of all layers together."""
+
+    kind: LayerKind
+    layers: int
+    positions: int
+    bytes_per_token: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.positions * self.bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of GPU memory by purpose, for generations of up to `context` tokens.
+
+    prefill_bytes, decode_bytes: most bytes of activations and decoded weights alive in a chunk and in a decode step.
+    allocated_bytes: the most that tensors take at a time, as `torch.cuda.max_memory_allocated` counts.
+    rounding_bytes: what PyTorch takes from the GPU beyond tensors, in whole segments.
+    """
+
+    name: str
+    context: int
+    kv_cache: CacheKind
+    chunk: int
+    weight_bytes: int
+    kv: tuple[LayerGroup, ...]
+    prefill_bytes: int
+    decode_bytes: int
+    allocated_bytes: int
+    rounding_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(group.nbytes for group in self.kv)
+
+    @property
+    def total_bytes(self) -> int:
+        """What the process takes of a GPU."""
+        tensors = self.weight_bytes + self.kv_bytes + self.prefill_bytes + self.decode_bytes
+        return tensors + self.rounding_bytes + CONTEXT_BYTES + RUNTIME_BYTES
+
+    def describe(self) -> str:
+        """A table of the memory by purpose, one line each."""
+        rows = [
+            ("weights", self.weight_bytes),
+            *((f"KV cache, {g.layers} {g.kind} layers of {g.positions:,} positions", g.nbytes) for g in self.kv),
+            (f"workspace, prefill of {self.chunk:,} tokens", self.prefill_bytes),
+            ("workspace, decode step", self.decode_bytes),
+            ("rounding of PyTorch's allocator", self.rounding_bytes),
+            ("CUDA context, kernels, graph (allowance)", CONTEXT_BYTES + RUNTIME_BYTES),
+            ("total", self.total_bytes),
+        ]
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {size:>15,} bytes  {gib(size):>10}" for label, size in rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with the sums."""
+        groups = [{**asdict(group), "nbytes": group.nbytes} for group in self.kv]
+        return {
+            **asdict(self),
+            "kv": groups,
+            "kv_bytes": self.kv_bytes,
+            "allowance_bytes": CONTEXT_BYTES + RUNTIME_BYTES,
+            "total_bytes": self.total_bytes,
+        }
+
+
+class MemoryModel:
+    """The memory of one file as a function of the context. itemsize: bytes of an activation, 2 for bfloat16."""
+
+    def __init__(
+        self, config: Gemma4Config, load_plan: LoadPlan, kv_cache: CacheKind = CacheKind.LOSSLESS, itemsize: int = 2
+    ) -> None:
+        self.config = config
+        self.kv_cache = kv_cache
+        self.itemsize = itemsize
+        self._weights = _Taken.by(size for entry in load_plan.entries for size in weight_planes(entry))
+        self._workspace = Workspace(config, load_plan, itemsize)
+
+    def at(self, context: int) -> MemoryPlan:
+        """Raises ContextError where the model has no such positions."""
+        config = self.config
+        if not 0 < context <= config.context_length:
+            raise ContextError(
+                f"found {context}, expected 1 to {config.context_length}, the model's context", field="context"
+            )
+        chunk = min(2 * config.sliding_window, context)
+        groups: list[LayerGroup] = []
+        sizes: list[int] = []
+        for kind in LayerKind:
+            own = [layer for layer in config.layers if layer.kind is kind and layer.kv_source is None]
+            if own:
+                positions = chunk if kind is LayerKind.SLIDING else context
+                per_token = [size for layer in own for size in kv_tensors(layer, self.kv_cache, self.itemsize)]
+                groups.append(LayerGroup(kind, len(own), positions, sum(per_token)))
+                sizes += [positions * size for size in per_token]
+        weights, kv = self._weights, _Taken.by(sizes)
+        prefill, decode = self._workspace.prefill_bytes(chunk), self._workspace.decode_bytes()
+        return MemoryPlan(
+            name=config.name,
+            context=context,
+            kv_cache=self.kv_cache,
+            chunk=chunk,
+            weight_bytes=weights.nbytes,
+            kv=tuple(groups),
+            prefill_bytes=prefill,
+            decode_bytes=decode,
+            allocated_bytes=weights.allocated + kv.allocated + max(prefill, decode),
+            rounding_bytes=weights.reserved - weights.nbytes + kv.reserved - kv.nbytes,
+        )
+
+    def longest_context(self, available_bytes: int) -> int:
+        """The most tokens whose plan's total is within `available_bytes`; 0 where not even one is."""
+        low, high = 0, self.config.context_length
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.at(middle).total_bytes <= available_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def check_fits(model: MemoryModel, context: int, available_bytes: int, path: Path) -> None:
+    """Raises DoesNotFitError, which lists what takes how much, where `context` tokens need more than there is."""
+    plan = model.at(context)
+    if plan.total_bytes > available_bytes:
+        longest = model.longest_context(available_bytes)
+        instead = f"{longest:,} positions would fit" if longest else "not even one position would fit"
+        raise DoesNotFitError(
+            f"{context:,} positions need {gib(plan.total_bytes)} of the GPU, found {gib(available_bytes)}; {instead}",
+            path=path,
+            field="max_seq_len",
+            table=plan.describe(),
+        )
+
+
+def weight_planes(entry: LoadEntry) -> Iterable[int]:
+    """Bytes of each tensor that holds one weight of the plan; vectors are held as float32."""
+    if len(entry.shape) == 1:
+        return (4 * entry.numel,)
+    if entry.type not in _PLANE_BYTES:
+        return (entry.numel // entry.shape[-1] * row_bytes(entry.type, entry.shape[-1]),)
+    blocks = entry.numel // BLOCK_FORMATS[entry.type].block_size
+    return (blocks * size for size in _PLANE_BYTES[entry.type])
+
+
+def kv_tensors(layer: LayerConfig, kv_cache: CacheKind, itemsize: int = 2) -> tuple[int, ...]:
+    """Bytes per token in each tensor of the cache of a layer that has its own."""
+    if kv_cache is CacheKind.TURBOQUANT and layer.kind is LayerKind.FULL:
+        codes, norms = layer.num_key_value_heads * layer.head_dim // 2, layer.num_key_value_heads * 4
+        return (codes, norms, codes, norms)
+    size = layer.num_key_value_heads * layer.head_dim * itemsize
+    return (size, size)
+
+
+def gib(size: int) -> str:
+    """Bytes in the unit in which graphics cards are sold."""
+    return f"{size / (1 << 30):.2f} GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """Sums over tensors: their bytes, what PyTorch counts as allocated for them, what they take of a GPU."""
+
+    nbytes: int
+    allocated: int
+    reserved: int
+
+    @classmethod
+    def by(cls, sizes: Iterable[int]) -> _Taken:
+        sizes = list(sizes)
+        return cls(sum(sizes), sum(map(_allocated, sizes)), sum(map(_reserved, sizes)))
+
+
+def _reserved(size: int) -> int:
+    """A large tensor has a segment of its own, smaller ones share theirs."""
+    step = _LARGE_STEP if size >= _LARGE else _ALIGNMENT
+    return -(-size // step) * step
+
+
+def _allocated(size: int) -> int:
+    """What is left of a segment counts as part of the tensor where it is too small to be split off."""
+    rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
+    rest = _reserved(size) - rounded
+    return rounded + (rest if rest <= _LEAST_SPLIT else 0)

@@ -1,0 +1,142 @@
+"""The largest sum of tensors alive at a time in one pass of the model, from shapes alone; no torch.
+
+It follows `gemma4.model`: what a layer's caller holds, what attention, MLP, experts and per-layer inputs add at their
+widest, and the weights that are decoded for a product. It grows with the tokens of a pass, not with the context.
+
+Letters: T tokens of the pass, H hidden size, b bytes of an activation, N and K rows and columns of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from gemma4.config import Gemma4Config, LayerConfig
+from gemma4.quant.ggml_types import GGMLType
+from gemma4.quant.plan import LoadEntry, LoadPlan
+
+# Limits of `gemma4.kernels.linear` and `gemma4.quant.linear`, kept here so that planning does not import torch.
+SCRATCH_BYTES: Final = 256 << 20
+ALIGNED_ROWS: Final = 128
+CHUNK_BYTES: Final = 64 << 20
+MATVEC_TYPES: Final = frozenset(
+    {
+        GGMLType.Q4_0,
+        GGMLType.Q4_1,
+        GGMLType.Q5_0,
+        GGMLType.Q5_1,
+        GGMLType.Q8_0,
+        GGMLType.Q4_K,
+        GGMLType.Q5_K,
+        GGMLType.Q6_K,
+    }
+)
+
+# Most bytes alive while torch decodes a type, in bytes of its float32 result.
+_DECODE_FACTOR: Final[Mapping[GGMLType, float]] = {
+    GGMLType.Q5_0: 3.5,
+    GGMLType.Q5_1: 3.5,
+    GGMLType.Q5_K: 3.5,
+    GGMLType.Q6_K: 4.3,
+}
+_OTHER_FACTOR: Final = 2.85
+# Dense matrices that are multiplied as they are, by bytes of an activation.
+_MULTIPLIED: Final = {4: GGMLType.F32, 2: GGMLType.BF16}
+
+_Matrices = Mapping[str, LoadEntry]
+
+
+class Workspace:
+    """Bytes of activations and decoded weights of a model in passes of any length. itemsize: of an activation."""
+
+    def __init__(self, config: Gemma4Config, plan: LoadPlan, itemsize: int) -> None:
+        self.config = config
+        self.itemsize = itemsize
+        layers: list[dict[str, LoadEntry]] = [{} for _ in config.layers]
+        matrices = [entry for entry in plan.entries if len(entry.shape) > 1]
+        for entry in matrices:
+            scope, _, rest = entry.target.partition(".")
+            if scope == "layers":
+                index, _, name = rest.partition(".")
+                layers[int(index)][name] = entry
+        self._others = {e.target.removesuffix(".weight"): e for e in matrices if not e.target.startswith("layers.")}
+        # Layers that are equal but for their place need no second look.
+        kinds = {
+            (layer, tuple((name, e.type, e.shape) for name, e in own.items())): own
+            for layer, own in zip(config.layers, layers, strict=True)
+        }
+        self._layers = [(layer, own) for (layer, _), own in kinds.items()]
+        self._is_packed = itemsize == 2 and all(
+            e.type in MATVEC_TYPES for own in layers for name, e in own.items() if name != "router.proj.weight"
+        )
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """Most bytes alive in a pass over a chunk."""
+        config, b = self.config, self.itemsize
+        hidden = tokens * config.hidden_size
+        own_inputs = 4 * tokens * config.num_hidden_layers * config.hidden_size_per_layer_input
+        # Embeddings and the residual stream in float32, its norm, and the last branch of the layer before.
+        carried = hidden * (4 + 4 + 2 * b) + own_inputs
+        stages = [
+            4 * hidden * decode_factor(self._others["embed_tokens"].type),
+            hidden * (4 + b) + 5 * own_inputs + self._scratch(self._others, "per_layer_model_projection", tokens),
+        ]
+        for layer, matrices in self._layers:
+            stages += [carried + size for size in self._layer_stages(layer, matrices, tokens)]
+        return int(max(stages))
+
+    def decode_bytes(self) -> int:
+        """Most bytes alive in a pass over one token: logits, and what is decoded where no kernel reads packed rows."""
+        config = self.config
+        stages = [0.0]
+        for _, matrices in self._layers:
+            for name, entry in matrices.items():
+                if name.startswith("experts."):
+                    chosen = entry.numel * config.num_experts_per_tok // config.num_experts
+                    stages.append(4 * chosen * decode_factor(entry.type))
+                elif not self._is_packed:
+                    stages.append(self._scratch({name: entry}, "", 1))
+        return int(3 * 4 * config.vocab_size + max(stages))
+
+    def _layer_stages(self, layer: LayerConfig, matrices: _Matrices, tokens: int) -> Iterator[float]:
+        """What one layer holds at its widest moments, beyond what its caller holds."""
+        b, hidden = self.itemsize, tokens * self.config.hidden_size
+        q = tokens * layer.num_attention_heads * layer.head_dim * b
+        kv = 0 if layer.kv_source is not None else tokens * layer.num_key_value_heads * layer.head_dim * b
+        projected = q + (kv if layer.k_eq_v else 2 * kv)
+        yield projected + self._scratch(matrices, "self_attn.", tokens)
+        yield projected + q + 2 * kv + 2 * q  # normalised heads, attention's output, and the same as rows
+        yield projected + q + hidden * b + self._scratch(matrices, "self_attn.o_proj", tokens)
+        # From here on attention's branch, the next residual stream and its norm.
+        branch = hidden * (4 + 2 * b)
+        ffn = tokens * layer.intermediate_size * b
+        yield branch + 2 * ffn + self._scratch(matrices, "mlp.", tokens)
+        yield branch + 3 * ffn + hidden * b + self._scratch(matrices, "mlp.down_proj", tokens)
+        if self.config.num_experts:
+            # The MLP's output, normed rows, the sum, and one expert that every token may have chosen.
+            around = hidden * (2 * b + 4 + 4)
+            expert = hidden * (2 * b + 8) + tokens * self.config.moe_intermediate_size * 6 * b
+            yield branch + around + expert + self._scratch(matrices, "experts.", tokens)
+
+    def _scratch(self, matrices: _Matrices, prefix: str, tokens: int) -> float:
+        """Bytes of decoded weights in the widest product of the weights whose names begin so."""
+        sizes = (self._decoded(name, e, tokens) for name, e in matrices.items() if name.startswith(prefix))
+        return max(sizes, default=0.0)
+
+    def _decoded(self, name: str, entry: LoadEntry, tokens: int) -> float:
+        k, b = entry.shape[-1], self.itemsize
+        n = entry.numel // k // (self.config.num_experts if name.startswith("experts.") else 1)
+        if entry.type in MATVEC_TYPES:
+            pieces = -(-n * k * b // SCRATCH_BYTES)
+            rows = n if pieces == 1 else max(ALIGNED_ROWS, n // pieces // ALIGNED_ROWS * ALIGNED_ROWS)
+            return rows * k * b
+        if entry.type is _MULTIPLIED[b]:
+            return 0
+        rows = min(n, max(1, CHUNK_BYTES // (4 * k)))
+        joined = tokens * n * b if rows < n else 0  # the pieces of the product, beside their whole
+        return rows * k * (4 * decode_factor(entry.type) + b) + joined
+
+
+def decode_factor(kind: GGMLType) -> float:
+    """Bytes that torch needs to decode a type, in bytes of the float32 result."""
+    return _DECODE_FACTOR.get(kind, _OTHER_FACTOR)

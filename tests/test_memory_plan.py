@@ -1,0 +1,224 @@
+"""Memory plans against the objects they foresee: planes, caches, the tensors of a pass, and a measured run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma4 import Gemma4, workspace
+from gemma4.cache import KVCache
+from gemma4.config import CacheKind, Gemma4Config
+from gemma4.kernels import linear as linear_ops
+from gemma4.mapping import plan_load
+from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, kv_tensors, weight_planes
+from gemma4.model import TextModel
+from gemma4.quant import linear
+from gemma4.quant.errors import ContextError, DoesNotFitError
+from gemma4.quant.formats import container_for
+from gemma4.quant.ggml_types import GGMLType
+from gemma4.quant.gguf_file import GGUFFile
+from gemma4.quant.plan import LOADABLE_TYPES, LoadEntry, LoadPlan
+from gemma4.workspace import Workspace
+from tests.family_gguf import FULL_SIZE, SHRUNKEN, quantize
+from tests.live_memory import peak_live_bytes
+from tests.tiny_gguf import GEMMA4_31B, Model, gemma4, q4_k_m
+
+Header = tuple[Gemma4Config, LoadPlan]
+META = torch.device("meta")
+MEASURED = Path(__file__).parent.parent / "docs" / "data" / "end_to_end_h100.json"
+GIB = 1 << 30
+
+
+def read(model: Model, path: Path) -> Header:
+    with GGUFFile.open(model.write_sparse(path)) as file:
+        config = Gemma4Config.from_gguf(file)
+        return config, plan_load(file, config)
+
+
+@pytest.fixture(scope="module", params=FULL_SIZE)
+def header(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Header:
+    """Each size of the family in the Q4_K_M mix."""
+    return read(quantize(FULL_SIZE[request.param](), "Q4_K_M"), tmp_path_factory.mktemp("header") / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def model_31b(tmp_path_factory: pytest.TempPathFactory) -> Header:
+    return read(gemma4(GEMMA4_31B, q4_k_m(GEMMA4_31B)), tmp_path_factory.mktemp("31b") / "model.gguf")
+
+
+# Parts
+
+
+@pytest.mark.parametrize("kind", sorted(LOADABLE_TYPES), ids=lambda kind: kind.name)
+def test_planes_of_every_type(kind: GGMLType) -> None:
+    planes = container_for(kind).empty(24, 512, META).planes_dict().values()
+    found = list(weight_planes(LoadEntry("w.weight", kind, kind, (24, 512), ())))
+    assert sum(found) == sum(plane.nbytes for plane in planes)
+    if kind in workspace.MATVEC_TYPES:
+        assert found == [plane.nbytes for plane in planes]
+
+
+@pytest.mark.parametrize("kind", sorted(LOADABLE_TYPES), ids=lambda kind: kind.name)
+def test_memory_to_decode_every_type(kind: GGMLType) -> None:
+    weight = container_for(kind).empty(4096, 512, META)
+    ids = torch.zeros(4096, dtype=torch.int64, device=META)
+    decoded = 4 * 4096 * 512
+    for rows in (None, ids):
+        peak = peak_live_bytes(lambda rows=rows: weight.dequantize(rows), weight.planes_dict().values())
+        assert 0.3 * workspace.decode_factor(kind) < peak / decoded <= workspace.decode_factor(kind)
+
+
+def test_limits_are_those_of_the_products() -> None:
+    assert linear_ops.SCRATCH_BYTES["cuda"] == workspace.SCRATCH_BYTES
+    assert workspace.ALIGNED_ROWS == linear_ops.ALIGNED_ROWS
+    assert workspace.CHUNK_BYTES == linear._CHUNK_BYTES
+    assert frozenset(linear.LINEAR_OPS) == workspace.MATVEC_TYPES
+
+
+@pytest.mark.parametrize("context", [1, 700, 2048, 2049, 8192])
+def test_caches(header: Header, context: int) -> None:
+    config, plan = header
+    for kv_cache in [CacheKind.LOSSLESS]:
+        cache = KVCache(config, context, torch.bfloat16, META)
+        planned = MemoryModel(config, plan, kv_cache).at(context)
+        assert planned.kv_bytes == cache.nbytes
+        assert planned.chunk == cache.chunk_size
+        for i, layer in cache.own.items():
+            kind = config.layers[i].kind
+            (group,) = [group for group in planned.kv if group.kind is kind]
+            sizes = [group.positions * size for size in kv_tensors(config.layers[i], kv_cache)]
+            assert sorted(sizes) == sorted(tensor.nbytes for tensor in layer.tensors().values())
+
+
+# A pass
+
+
+def on_meta(config: Gemma4Config, plan: LoadPlan) -> TextModel:
+    model = TextModel(config, plan, torch.bfloat16, META)
+    model.max_packed_rows = 8
+    return model
+
+
+def visible_peak(model: TextModel, tokens: int, context: int, device: torch.device) -> int:
+    """Most bytes alive in a pass of a model, without what ops take inside themselves."""
+    cache = KVCache(model.config, context, model.dtype, device)
+    ids = torch.arange(tokens, device=device)
+    known = [*model.parameters(), *(t for layer in cache.own.values() for t in layer.tensors().values())]
+    return peak_live_bytes(lambda: model(ids, ids, cache), known)
+
+
+@pytest.fixture
+def without_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out of a plan the weights that ops decode inside themselves."""
+    monkeypatch.setattr(Workspace, "_scratch", lambda *_: 0.0)
+
+
+@pytest.mark.usefixtures("without_scratch")
+def test_tensors_of_a_chunk(header: Header) -> None:
+    config, plan = header
+    if config.num_experts:
+        return  # which experts are chosen depends on values: see the next test
+    planned = MemoryModel(config, plan).at(8192)
+    peak = visible_peak(on_meta(config, plan), planned.chunk, 8192, META)
+    assert peak <= planned.prefill_bytes <= 1.05 * peak
+
+
+@pytest.mark.usefixtures("without_scratch")
+def test_tensors_of_a_chunk_with_experts(tmp_path: Path) -> None:
+    loaded = Gemma4.from_gguf(quantize(SHRUNKEN["26B-A4B"](), "Q8_0").write(tmp_path / "model.gguf"), device="cpu")
+    planned = MemoryModel(loaded.config, loaded.plan, itemsize=4).at(256)
+    peak = visible_peak(loaded.model, planned.chunk, 256, loaded.device)
+    assert peak <= planned.prefill_bytes <= 1.25 * peak
+
+
+def test_tensors_of_a_step(header: Header) -> None:
+    config, plan = header
+    planned = MemoryModel(config, plan).at(8192)
+    peak = visible_peak(on_meta(config, plan), 1, 8192, META)
+    # 3 % of everything is what a plan may be wrong by.
+    assert peak - 1e5 <= planned.decode_bytes <= peak + 0.01 * planned.total_bytes
+
+
+# Whole plans
+
+
+def test_a_measured_run(model_31b: Header) -> None:
+    """The run decoded with caches of 33,040 positions; it prefilled with smaller ones, so chunks set no peak."""
+    measured = json.loads(MEASURED.read_text())
+    planned = MemoryModel(*model_31b).at(33_040)
+    assert planned.weight_bytes == pytest.approx(measured["weight_bytes"], rel=1e-3)
+    lasting = planned.allocated_bytes - planned.prefill_bytes
+    assert lasting + planned.decode_bytes == pytest.approx(measured["peak_gpu_bytes"], rel=3e-3)
+    assert planned.allocated_bytes == pytest.approx(measured["peak_gpu_bytes"], rel=0.035)
+
+
+def test_totals(header: Header) -> None:
+    model = MemoryModel(*header)
+    plans = [model.at(context) for context in (1, 100, 5000, model.config.context_length)]
+    for plan in plans:
+        assert 0 < plan.kv_bytes < plan.total_bytes - plan.weight_bytes
+        passes = max(plan.prefill_bytes, plan.decode_bytes)
+        reserved = plan.weight_bytes + plan.kv_bytes + passes + plan.rounding_bytes
+        assert reserved - plan.rounding_bytes <= plan.allocated_bytes <= reserved
+        assert 0 <= plan.rounding_bytes < 0.05 * plan.total_bytes
+        assert f"{plan.total_bytes:,}" in plan.describe().splitlines()[-1]
+        assert json.loads(json.dumps(plan.to_json()))["total_bytes"] == plan.total_bytes
+    assert [plan.total_bytes for plan in plans] == sorted({plan.total_bytes for plan in plans})
+    for context in (0, -1, model.config.context_length + 1):
+        with pytest.raises(ContextError, match=str(context)):
+            model.at(context)
+
+
+def test_longest_context(header: Header) -> None:
+    model = MemoryModel(*header)
+    most = model.config.context_length
+    for context in (1, 3000, 50_000):
+        total = model.at(context).total_bytes
+        longest = model.longest_context(total)
+        assert longest >= context
+        assert model.at(longest).total_bytes <= total < model.at(longest + 1).total_bytes
+    assert model.longest_context(model.at(1).total_bytes - 1) == 0
+    assert model.longest_context(1000 * GIB) == most
+
+
+# Refusal before loading
+
+
+def from_gguf_with(free_bytes: int, path: Path, monkeypatch: pytest.MonkeyPatch, **options: int) -> None:
+    """Gemma4.from_gguf as on a GPU with so much free memory; returns where it would begin to load."""
+
+    class Loading(Exception):
+        pass
+
+    def begin(*_: object) -> None:
+        raise Loading
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_bytes, 80 * GIB))
+    monkeypatch.setattr("gemma4.api.TextModel", begin)
+    with pytest.raises(Loading):
+        Gemma4.from_gguf(path, device="cuda", **options)
+
+
+def test_from_gguf_refuses_what_does_not_fit(
+    model_31b: Header, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = gemma4(GEMMA4_31B, q4_k_m(GEMMA4_31B)).write_sparse(tmp_path / "31b.gguf")
+    model = MemoryModel(*model_31b)
+    needed = model.at(32_768).total_bytes - CONTEXT_BYTES  # which CUDA has taken when free memory is asked for
+    from_gguf_with(needed, path, monkeypatch, max_seq_len=32_768)
+    with pytest.raises(DoesNotFitError) as caught:
+        from_gguf_with(needed - 1, path, monkeypatch, max_seq_len=32_768)
+    assert (caught.value.path, caught.value.field, caught.value.code) == (path, "max_seq_len", "does_not_fit")
+    assert model.at(32_768).describe() in str(caught.value)
+    longest = model.longest_context(needed - 1 + CONTEXT_BYTES)
+    assert f"{longest:,} positions would fit" in caught.value.summary
+    from_gguf_with(needed - 1, path, monkeypatch, max_seq_len=longest)
+    with pytest.raises(DoesNotFitError, match="not even one"):
+        from_gguf_with(10 * GIB, path, monkeypatch)
+    with pytest.raises(DoesNotFitError, match="262,144 positions"):
+        from_gguf_with(10 * GIB, path, monkeypatch, max_seq_len=10**9)
+    with pytest.raises(DoesNotFitError):
+        from_gguf_with(needed, path, monkeypatch, max_seq_len=4096, dequantize=True)
