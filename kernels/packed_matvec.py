@@ -23,17 +23,18 @@ MAX_ROWS = 8
 
 
 def matvec_tile(name: str, k: int, m: int) -> dict[str, int]:
-    """Tile of a matvec for M = m rows of x: KL lanes and KW warps along K, R rows of W a thread.
+    """Tile of a matvec for M = m rows of x: KL lanes and KW warps along K, RL warps along N, R rows of W a thread.
 
     A warp reads neighbouring units of one row, so that its loads are whole lines. KL, KW and the order of steps fix the
     order of the sum over K: they depend on the format and K alone, so that a row does not depend on its neighbours.
-    The weights of EARLY steps are in flight before the activations are awaited: all those of a short row.
+    The weights of EARLY steps are in flight before the activations are awaited: all those of a row of few steps.
     """
-    warps = 4 if k >= 8192 and name != "q6_k" else 1
-    steps = triton.cdiv(k // PACKED_FORMATS[name].unit, 32 * warps)
+    along_k = 4 if k >= 8192 else 1
+    steps = triton.cdiv(k // PACKED_FORMATS[name].unit, 32 * along_k)
     early = steps if steps <= 3 and m == 1 else 1
     # Rows of W share the loads of x, which weigh more the more rows x has; from five on registers run out.
-    return {"KL": 32, "RL": 1, "KW": warps, "R": 4 if 1 < m <= 4 else 2, "EARLY": early}
+    rows = 4 if 1 < m <= 4 else 2
+    return {"KL": 32, "RL": 4 // along_k, "KW": along_k, "R": rows, "EARLY": early}
 
 
 def check_activations(name: str, xq: Tensor, xs: Tensor, xsum: Tensor, k: int) -> tuple[int, int]:

@@ -104,7 +104,7 @@ def test_nothing_passes_through_shared_memory_before_the_reduction(name: str) ->
     kernel = getattr(linear, f"{name}_matvec_kernel")
     arguments = (kernel, name, meta(activations), meta(weight.planes), torch.bfloat16)
     (compiled,) = compile_launches(packed_matvec, 90, "launch_packed_matvec", *arguments)
-    assert compiled.metadata.num_warps == 1
+    assert compiled.metadata.num_warps == 4
     assert compiled.metadata.shared <= 1024  # bytes: the sums of a few rows on their way to the store
     assert compiled.asm["ptx"].count(".v4.b32") >= 2 * 2 + 2  # weights and activations, 16 bytes a load
 
