@@ -98,16 +98,23 @@ def test_decoding_on_quantized_rows(model: Model, tmp_path: Path) -> None:
         torch.testing.assert_close(quantized.logits(prompt(length)), exact.logits(prompt(length)), rtol=0, atol=5e-3)
 
 
+def divergence(exact: torch.Tensor, rounded: torch.Tensor) -> float:
+    """Mean over positions of the KL divergence of logits [T, V] from exact ones."""
+    exact, rounded = exact.cpu().log_softmax(-1), rounded.cpu().log_softmax(-1)
+    return float((exact.exp() * (exact - rounded)).sum(-1).mean())
+
+
 @pytest.mark.gpu
 @any_model
 def test_on_a_gpu(model: Model, tmp_path: Path) -> None:
     path = model.write(tmp_path / "model.gguf")
     ids = prompt(60)
-    exact = Gemma4.from_gguf(path, device="cuda", dtype=torch.float32)
+    exact = Gemma4.from_gguf(path, device="cpu").logits(ids)
+    torch.testing.assert_close(
+        Gemma4.from_gguf(path, device="cuda", dtype=torch.float32).logits(ids).cpu(), exact, rtol=0, atol=1e-3
+    )
     half = Gemma4.from_gguf(path, device="cuda")
-    reference = exact.logits(ids).log_softmax(-1)
-    divergence = (reference.exp() * (reference - half.logits(ids).log_softmax(-1))).sum(-1)
-    assert divergence.mean() < 5e-3
-    cpu = Gemma4.from_gguf(path, device="cpu").logits(ids)
-    torch.testing.assert_close(exact.logits(ids).cpu(), cpu, rtol=0, atol=1e-3)
+    # bfloat16 alone sends some tokens to other experts, on any device.
+    half_on_cpu = divergence(exact, Gemma4.from_gguf(path, device="cpu", dtype=torch.bfloat16).logits(ids))
+    assert divergence(exact, half.logits(ids)) < 1.5 * half_on_cpu + 1e-3
     assert len(half.generate_ids(ids, 8)) == 8
