@@ -128,8 +128,16 @@ class Gemma4:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The file's own template, or a plain turn format where it has none."""
+        """The file's own template, or ours where it has none."""
         return chat_template_from_metadata(self.metadata, self.tokenizer, self.path)
+
+    def use_chat_template(self, choice: str | Path) -> None:
+        """Renders conversations by another template from now on.
+
+        choice: "file" for the file's own; "builtin" for ours, in today's format; or the path of a text file with one.
+        Raises TemplateError.
+        """
+        self.chat_template = chat_template_from_metadata(self.metadata, self.tokenizer, self.path, choice)
 
     def weight(self, name: str) -> QuantTensor:
         """The weight that came from the file's tensor `name`, as a container sharing the model's storage.

@@ -19,11 +19,13 @@ from gemma4 import builtin_templates
 from gemma4.quant.errors import TemplateError
 from gemma4.template_process import TemplateProcess
 from gemma4.tokenizer import Tokenizer
+from gemma4.tool_messages import with_argument_objects, with_tool_responses
 
 if TYPE_CHECKING:
     from gemma4.quant.gguf_file import MetadataValue
 
 TEMPLATE_KEY = "tokenizer.chat_template"
+FROM_FILE, BUILTIN = "file", "builtin"
 
 # A template may look for these in what the model said before, to drop its reasoning.
 _REASONING_MARKS = ("<|channel>", "<channel|>")
@@ -33,13 +35,21 @@ _MARKS = range(0x20000, 0x2A6E0)
 
 
 def chat_template_from_metadata(
-    metadata: Mapping[str, MetadataValue], tokenizer: Tokenizer, path: Path | None = None
+    metadata: Mapping[str, MetadataValue],
+    tokenizer: Tokenizer,
+    path: Path | None = None,
+    choice: str | Path = FROM_FILE,
 ) -> ChatTemplate:
-    """The file's own template (`tokenizer.chat_template`); without one, the plain turn format of its vocabulary.
+    """A chat template for the vocabulary of a file.
 
-    Raises TemplateError if there is no template and the vocabulary has no turn tokens Gemma models use.
+    choice: "file" for the file's own (`tokenizer.chat_template`), or ours where it has none; "builtin" for ours; or the
+    path of a text file with one.
+    Raises TemplateError if the text file cannot be read, or the vocabulary has no turn tokens Gemma models use and a
+    template of ours is needed.
     """
-    source = metadata.get(TEMPLATE_KEY, "")
+    source = metadata.get(TEMPLATE_KEY, "") if choice == FROM_FILE else ""
+    if choice not in (FROM_FILE, BUILTIN):
+        source, path = _read_template(Path(choice)), Path(choice)
     if not isinstance(source, str):
         raise TemplateError(f"expected a string, found {type(source).__name__}", path=path, field=TEMPLATE_KEY)
     if not source and tokenizer.special_id("<|turn>") is not None:
@@ -52,6 +62,16 @@ def chat_template_from_metadata(
     return ChatTemplate(source, bos_token, eos_token, path=path)
 
 
+def _read_template(path: Path) -> str:
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"the template cannot be read: {error}", path=path) from error
+    if not source.strip():
+        raise TemplateError("the template is empty", path=path)
+    return source
+
+
 class ChatTemplate:
     """A Jinja chat template. Rendering gives the text that transformers' `apply_chat_template` gives."""
 
@@ -60,6 +80,8 @@ class ChatTemplate:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.path = path
+        # Early Gemma 4 templates: a tool's answers are a part of the message that called it.
+        self.folds_tool_messages = "tool_responses" in source and "tool_call_id" not in source
         self._process = TemplateProcess()
 
     def render(
@@ -106,14 +128,19 @@ def render_chat_ids(
 ) -> list[int]:
     """The prompt as token ids, BOS exactly once. Arguments and errors are those of `ChatTemplate.render`.
 
+    Messages are in OpenAI's form whatever the age of the template (`gemma4.tool_messages`).
+
     Special tokens come from the template only. Before rendering, a mark is put behind every character of the
     conversation that could start one, so nothing that holds conversation text spells a special token, not even pieces
     that the template joins; the marks are taken out of the text between special tokens before it is encoded. Prompts
     without such text get the ids of the whole rendering. One exception: in what the assistant said, reasoning
     channels stay as they are, because templates remove them there.
     """
-    arguments = {"messages": list(messages), "tools": tools, **extra}
     try:
+        messages = with_argument_objects(messages)
+        if template.folds_tool_messages:
+            messages = with_tool_responses(messages)
+        arguments = {"messages": messages, "tools": tools, **extra}
         mark = _unused_character(arguments, template.source)
         marked = _Guard(tokenizer, mark).marked(arguments)
     except RecursionError as error:

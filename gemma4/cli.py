@@ -192,6 +192,9 @@ def chat(
     file: ModelFile,
     system: Annotated[str | None, typer.Option(help="A system text.")] = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think first, if it can.")] = False,
+    template: Annotated[
+        str, typer.Option(metavar="file|builtin|PATH", help="The chat template: the file's, ours, or a text file's.")
+    ] = "file",
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -212,6 +215,7 @@ def chat(
     from gemma4.terminal_chat import Conversation, chat_loop
 
     run = Run.load(file, load_options)
+    run.model.use_chat_template(template)
     print(run.describe(), file=sys.stderr, flush=True)
     chat_loop(Conversation(run, text_options, system, think))
 

@@ -23,6 +23,9 @@ SCORES_KEY = "tokenizer.ggml.scores"
 TYPES_KEY = "tokenizer.ggml.token_type"
 MERGES_KEY = "tokenizer.ggml.merges"
 SUPPRESS_KEY = "tokenizer.ggml.suppress_tokens"
+EOS_IDS_KEY = "tokenizer.ggml.eos_token_ids"
+
+PRE_KEY = "tokenizer.ggml.pre"
 
 BPE_MODEL = "gemma4"
 SPM_MODEL = "llama"
@@ -30,6 +33,11 @@ SPM_MODEL = "llama"
 # Token texts that end a turn whatever the metadata says; they count only where the file types them as special.
 _TURN_ENDS = {BPE_MODEL: ("<eos>", "<turn|>", "<|tool_response>"), SPM_MODEL: ("<end_of_turn>",)}
 _EOG_NAMES = ("eot_token_id", "eom_token_id")
+# Marks around reasoning and tool calls: a caller has to see them, though some files type them as CONTROL.
+_VISIBLE = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
+_BYTE_TEXTS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 class TokenType(IntEnum):
@@ -79,6 +87,8 @@ def vocabulary_from_metadata(metadata: Mapping[str, MetadataValue], path: Path |
     """
     read = _Reader(metadata, path)
     model = read.string(MODEL_KEY, default="none")
+    if read.string(PRE_KEY, default="") == BPE_MODEL:
+        model = BPE_MODEL  # Ollama's files say "llama" and name the kind here
     if model == "none":
         raise read.error(MODEL_KEY, "the file has no tokenizer; pass token ids instead of text")
     if model not in (BPE_MODEL, SPM_MODEL):
@@ -89,6 +99,8 @@ def vocabulary_from_metadata(metadata: Mapping[str, MetadataValue], path: Path |
     types = read.integers(TYPES_KEY, count=len(tokens))
     if foreign := set(types) - set(TokenType):
         raise read.error(TYPES_KEY, f"expected token types 1 to 6, found {min(foreign)}")
+    if is_bpe:
+        types = _bpe_types(tokens, types)
     special_types = {TokenType.CONTROL, TokenType.UNKNOWN}
     if is_bpe:
         # In a SentencePiece vocabulary, user-defined pieces are whitespace runs and HTML tags: ordinary text.
@@ -101,6 +113,7 @@ def vocabulary_from_metadata(metadata: Mapping[str, MetadataValue], path: Path |
     eos_id = token_id("eos_token_id")
     eog_ids = {eos_id} | {special[text] for text in _TURN_ENDS[model] if text in special}
     eog_ids |= {token_id(name) for name in _EOG_NAMES if f"tokenizer.ggml.{name}" in metadata}
+    eog_ids |= set(read.token_ids(EOS_IDS_KEY, len(tokens)))
     return Vocabulary(
         model=model,
         path=path,
@@ -118,6 +131,18 @@ def vocabulary_from_metadata(metadata: Mapping[str, MetadataValue], path: Path |
         suppress_ids=read.token_ids(SUPPRESS_KEY, len(tokens)),
         special=special,
     )
+
+
+def _bpe_types(tokens: Sequence[str], types: Sequence[int]) -> tuple[int, ...]:
+    """The types of llama.cpp's converter, whichever wrote the file: visible marks are USER_DEFINED, bytes are BYTE."""
+    changed = list(types)
+    has_bytes = TokenType.BYTE in types
+    for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind == TokenType.CONTROL and text in _VISIBLE:
+            changed[i] = TokenType.USER_DEFINED
+        elif not has_bytes and kind == TokenType.NORMAL and text in _BYTE_TEXTS:
+            changed[i] = TokenType.BYTE
+    return tuple(changed)
 
 
 @dataclass(frozen=True, slots=True)
