@@ -1,9 +1,9 @@
 """Exact float32 decode of blocks as they stand in a file, for types whose numbers need no table.
 
 Every `blocks` is uint8 [..., row_bytes], whole rows of whole blocks, and decodes to float32 [..., K]. Layouts and the
-order of operations are those of `gguf.quants.dequantize` (gguf-py), so results are bit-identical. Products have at most
-24 significant bits and are exact; only Q2_K's subtraction rounds. The functions are plain torch without
-data-dependent control flow: they run on any device and trace under `torch.export`.
+order of operations are those of `gguf.quants.dequantize` (gguf-py), or of ggml for Q8_K and Q1_0, which gguf-py lacks, so
+results are bit-identical. Products have at most 24 significant bits and are exact but for Q8_K's; only Q2_K subtracts.
+The functions are plain torch without data-dependent control flow: they run on any device and trace under `torch.export`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 __all__ = [
     "mxfp4_dequantize",
     "nvfp4_dequantize",
+    "q1_0_dequantize",
     "q2_k_dequantize",
     "q3_k_dequantize",
+    "q8_k_dequantize",
     "scale_groups",
     "split_blocks",
     "tq1_0_dequantize",
@@ -42,6 +44,19 @@ def q3_k_dequantize(blocks: Tensor) -> Tensor:
     scale = words(block[..., 108:110], torch.float16).float() * ((low | top << 4).to(torch.int8) - 32).float()
     q = unpack_fields(block[..., 32:96], run=32, bits=2) | unpack_fields(block[..., :32], run=32, bits=1) << 2
     return scale_groups(scale, q.to(torch.int8) - 4)
+
+
+def q8_k_dequantize(blocks: Tensor) -> Tensor:
+    """w = d * q, with float32 d and 8-bit q. The sums of groups of q that follow serve dot products."""
+    block = split_blocks(blocks, 292)
+    return scale_groups(words(block[..., :4], torch.float32), block[..., 4:260].view(torch.int8))
+
+
+def q1_0_dequantize(blocks: Tensor) -> Tensor:
+    """w = d or -d, by a bit."""
+    block = split_blocks(blocks, 18)
+    q = 2 * unpack_fields(block[..., 2:18], run=1, bits=1).to(torch.int8) - 1
+    return scale_groups(words(block[..., :2], torch.float16).float(), q)
 
 
 def tq1_0_dequantize(blocks: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 from gemma4.kernels.dequant_blocks import (
     mxfp4_dequantize,
     nvfp4_dequantize,
+    q1_0_dequantize,
     q2_k_dequantize,
     q3_k_dequantize,
+    q8_k_dequantize,
     tq1_0_dequantize,
     tq2_0_dequantize,
 )
@@ -23,8 +25,10 @@ __all__ = [
     "BlockTensor",
     "MXFP4Tensor",
     "NVFP4Tensor",
+    "Q1_0Tensor",
     "Q2KTensor",
     "Q3KTensor",
+    "Q8KTensor",
     "TQ1_0Tensor",
     "TQ2_0Tensor",
     "block_planes",
@@ -58,6 +62,22 @@ class Q3KTensor(BlockTensor):
 
     planes = block_planes(GGMLType.Q3_K)
     decode = staticmethod(q3_k_dequantize)
+
+
+@register_format(GGMLType.Q8_K)
+class Q8KTensor(BlockTensor):
+    """Q8_K: w = d * q, with 8-bit q; a float32 d of each 256 weights."""
+
+    planes = block_planes(GGMLType.Q8_K)
+    decode = staticmethod(q8_k_dequantize)
+
+
+@register_format(GGMLType.Q1_0)
+class Q1_0Tensor(BlockTensor):
+    """Q1_0: w = d or -d; d of each 128 weights."""
+
+    planes = block_planes(GGMLType.Q1_0)
+    decode = staticmethod(q1_0_dequantize)
 
 
 @register_format(GGMLType.MXFP4)

@@ -2,14 +2,23 @@
 
 A new format is a module with a registered class, imported here:
 
-    @register_format(GGMLType.Q1_0)
+    @register_format(GGMLType.Q4_K)
     @dataclass(frozen=True, eq=False)
-    class Q1_0Tensor(QuantTensor): ...
+    class Q4KTensor(QuantTensor): ...
 """
 
 from __future__ import annotations
 
-from gemma4.quant.block_quants import MXFP4Tensor, NVFP4Tensor, Q2KTensor, Q3KTensor, TQ1_0Tensor, TQ2_0Tensor
+from gemma4.quant.block_quants import (
+    MXFP4Tensor,
+    NVFP4Tensor,
+    Q1_0Tensor,
+    Q2KTensor,
+    Q3KTensor,
+    Q8KTensor,
+    TQ1_0Tensor,
+    TQ2_0Tensor,
+)
 from gemma4.quant.codebook_quants import (
     IQ1MTensor,
     IQ1STensor,
@@ -45,6 +54,7 @@ __all__ = [
     "MXFP4Tensor",
     "NVFP4Tensor",
     "Plane",
+    "Q1_0Tensor",
     "Q2KTensor",
     "Q3KTensor",
     "Q4_0Tensor",
@@ -53,6 +63,7 @@ __all__ = [
     "Q5_0Tensor",
     "Q5_1Tensor",
     "Q6KTensor",
+    "Q8KTensor",
     "Q8_0Tensor",
     "QuantTensor",
     "TQ1_0Tensor",

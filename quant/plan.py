@@ -41,6 +41,8 @@ KERNEL_TYPES: Final = frozenset(
 LOADABLE_TYPES: Final = KERNEL_TYPES | {
     GGMLType.Q2_K,
     GGMLType.Q3_K,
+    GGMLType.Q8_K,
+    GGMLType.Q1_0,
     GGMLType.IQ4_NL,
     GGMLType.IQ4_XS,
     GGMLType.IQ3_XXS,

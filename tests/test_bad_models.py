@@ -192,9 +192,9 @@ def test_numbers_that_would_turn_every_output_to_nan(refuse: Refuse, key: str, v
 
 
 def test_types_without_support_are_listed_at_once(refuse: Refuse) -> None:
-    types = {"ffn_up": "Q1_0", "ffn_gate": "Q1_0", "ffn_down": "Q8_1", "attn_q": "Q8_K", "attn_k": "I8"}
+    types = {"ffn_up": "I32", "ffn_gate": "I32", "ffn_down": "Q8_1", "attn_q": "F64", "attn_k": "I8"}
     message = refuse(gemma4(types=types), UnsupportedTypeError, "blk.0.attn_q.weight")
-    for kind in ("Q1_0", "Q8_1", "Q8_K", "I8"):
+    for kind in ("I32", "Q8_1", "F64", "I8"):
         assert f"{kind}: blk.0." in message
     assert "supported are BF16, F16, F32, IQ1_M" in message
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import libgguf
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gemma4.quant.formats import IQ2STensor, IQ4XSTensor, container_for
 from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.linear import PackedWeight, decoded_linear
 from gemma4.quant.plan import KERNEL_TYPES, LOADABLE_TYPES
+from tests import q8_k_blocks
 from tests.tiny_gguf import Model, Sizes, gemma4
 
 GENERIC = sorted(LOADABLE_TYPES - KERNEL_TYPES)
@@ -43,6 +45,8 @@ TYPES = {
     "blk.1.ffn_down": "TQ2_0",
     "blk.2.attn_k": "IQ2_XS",
     "blk.2.attn_v": "IQ2_XXS",
+    "blk.3.attn_q": "Q8_K",
+    "blk.3.ffn_up": "Q1_0",
     "blk.3.ffn_down": "NVFP4",
 }
 # Their encoders take many seconds to start. The byte of a block with the top of its float16 scale.
@@ -54,8 +58,20 @@ IDS = [3, 1, 2, 319, 0, 17]
 class AnyBits(Model):
     """Blocks of random bits where ggml's encoder is slow, with scales of at most 2^-7."""
 
+    def exact(self, name: str) -> np.ndarray:
+        """float32, what the blocks stand for."""
+        tensor, blocks = self.tensors[name], self.encoded(name)
+        if tensor.type == "Q8_K":
+            return q8_k_blocks.decode(blocks)
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        if tensor.type == "Q1_0":
+            return libgguf.dequantize_rows(blocks, kind.value, n_per_row=tensor.shape[-1]).reshape(tensor.shape)
+        return gguf.dequantize(blocks, kind).reshape(tensor.shape)
+
     def encoded(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
+        if tensor.type == "Q8_K":
+            return q8_k_blocks.encode(self.weights(name))
         if tensor.type not in UNENCODED:
             return super().encoded(name)
         _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.type]]
@@ -66,7 +82,7 @@ class AnyBits(Model):
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> AnyBits:
     made = gemma4(SIZES, TYPES)
     return AnyBits(made.metadata, made.tensors, made.values)
 
@@ -76,12 +92,9 @@ def path(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model.write(tmp_path_factory.mktemp("generic") / "generic.gguf")
 
 
-def test_logits_are_those_of_the_exact_weights(model: Model, path: Path, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_exact_weights(model: AnyBits, path: Path, tmp_path: Path) -> None:
     assert {GGMLType[tensor.type] for tensor in model.tensors.values()} == {*GENERIC, GGMLType.F32}
-    exact = {
-        name: gguf.dequantize(model.encoded(name), gguf.GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
-        for name, tensor in model.tensors.items()
-    }
+    exact = {name: model.exact(name) for name in model.tensors}
     reference = gemma4(SIZES)
     dense = Gemma4.from_gguf(
         Model(reference.metadata, reference.tensors, exact).write(tmp_path / "dense.gguf"), device="cpu"
@@ -159,7 +172,7 @@ def test_gguf_py_is_imported_for_codebooks_only() -> None:
     code = """
 import sys, torch
 from gemma4.quant.formats import GGMLType, container_for
-for kind in ("Q2_K", "Q3_K", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "IQ4_XS"):
+for kind in ("Q1_0", "Q2_K", "Q3_K", "Q8_K", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "IQ4_XS"):
     packed = container_for(GGMLType[kind]).empty(2, 256, "cpu")
     assert "gguf" not in sys.modules, kind
     packed.dequantize()

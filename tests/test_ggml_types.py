@@ -27,7 +27,7 @@ def test_block_sizes_are_those_of_gguf_py() -> None:
     assert set(BLOCK_FORMATS) == set(GGMLType)
 
 
-STORED = [t for t in GGMLType if t.name[0] == "Q" and t.name not in ("Q8_1", "Q8_K", "Q1_0")]
+STORED = [t for t in GGMLType if t.name[0] == "Q" and t.name not in ("Q8_1", "Q8_K")]
 
 
 @pytest.mark.parametrize("t", STORED, ids=lambda t: t.name)

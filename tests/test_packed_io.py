@@ -201,7 +201,7 @@ QS, D = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.floa
         ({"packed.types": "[]"}, {}, MetadataError, "packed.types"),
         ({"packed.types": '{"a": "Q9_9"}'}, {}, MetadataError, "packed.types"),
         ({"packed.types": '{"a": 8}'}, {}, MetadataError, "packed.types"),
-        ({"packed.types": '{"a": "Q1_0"}'}, {}, UnsupportedTypeError, "a"),
+        ({"packed.types": '{"a": "Q8_1"}'}, {}, UnsupportedTypeError, "a"),
         ({}, {"a::qs": QS}, MissingTensorError, "a"),
         ({}, {"a::qs": QS, "a::d": D, "a::m": D}, UnexpectedTensorError, "a::m"),
         ({}, {"a::qs": QS, "a::d": D, "b": D}, UnexpectedTensorError, "b"),

@@ -11,7 +11,8 @@ from gemma4.quant.formats import QuantTensor, container_for, register_format
 from gemma4.quant.ggml_types import BLOCK_FORMATS, GGMLType
 
 DENSE = ("F32", "F16", "BF16")
-DECODABLE = [t.name for t in GGMLType if int(t) in map(int, gguf.quants._type_traits)]
+# Q8_K and Q1_0 are types of weights in ggml, which gguf-py does not decode.
+DECODABLE = [t.name for t in GGMLType if int(t) in map(int, gguf.quants._type_traits)] + ["Q8_K", "Q1_0"]
 SUPPORTED = sorted({*DENSE, *DECODABLE})
 
 
