@@ -37,6 +37,11 @@ class DecodeLoop:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._host = torch.zeros(1, dtype=torch.int64, pin_memory=self.runs_ahead)
 
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What a step changes, besides the cache."""
+        return self.token, self.position
+
     def start(self, logits: Tensor, position: int, seed: int) -> None:
         """Picks the first token from logits [1, vocab_size]; it stands at `position`."""
         self.generator.manual_seed(seed)
@@ -76,17 +81,15 @@ class DecodeLoop:
         self.position.add_(1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        token, position, random = self.token.clone(), self.position.clone(), self.generator.get_state()
+        before, random = [tensor.clone() for tensor in self.state], self.generator.get_state()
         stream = torch.cuda.Stream(self.token.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Warming up compiles kernels. It writes only slots that replays write again before they are read.
             for _ in range(_WARM_UP_STEPS):
-                self.token.copy_(token)
-                self.position.copy_(position)
+                self._restore(before)
                 self._step()
-            self.token.copy_(token)
-            self.position.copy_(position)
+            self._restore(before)
         torch.cuda.current_stream().wait_stream(stream)
         self.generator.set_state(random)
         graph = torch.cuda.CUDAGraph()
@@ -94,3 +97,7 @@ class DecodeLoop:
         with torch.cuda.graph(graph):
             self._step()
         return graph
+
+    def _restore(self, state: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self.state, state, strict=True):
+            tensor.copy_(value)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from gemma4.kernels.gelu_mul import gelu_mul_reference
+from gemma4.kernels.packed_matvec import MAX_ROWS
 from gemma4.quant.linear import Linear, PackedWeight, packed_linear
 
 
@@ -51,8 +51,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x: [T, H]; weights, experts: [T, S]. Returns float32 [T, H]."""
-        if guard_or_false(x.shape[0] == 1):
-            return self._one_token(x[0].float(), weights[0], experts[0])
+        tokens = x.shape[0]
+        if isinstance(tokens, int) and tokens <= MAX_ROWS:  # each as if it were alone, to the bit
+            return torch.cat([self._one_token(x[i].float(), weights[i], experts[i]) for i in range(tokens)])
         if torch.compiler.is_exporting():
             return self._every_expert(x, weights, experts)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -20,6 +20,7 @@ from gemma4.kernels.activations import (
     store_quantized,
 )
 from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
+from gemma4.kernels.packed_matvec import MAX_ROWS
 
 __all__ = ["gelu_mul", "gelu_mul_quantize", "gelu_mul_reference"]
 
@@ -28,7 +29,13 @@ BLOCK_GROUPS = 16
 
 
 def gelu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu_tanh(gate) * up in the dtype of gate."""
+    """gelu_tanh(gate) * up in the dtype of gate.
+
+    Few rows are taken one by one: where threads divide a tensor, the last elements of a share get other last bits.
+    """
+    rows = gate.shape[0]
+    if isinstance(rows, int) and 1 < rows <= MAX_ROWS:
+        return torch.cat([gelu_mul_reference(*pair) for pair in zip(gate.split(1), up.split(1), strict=True)])
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 

@@ -126,13 +126,25 @@ def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
     scratch = SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"])
     pieces = -(-n * k * x.element_size() // scratch)
     if pieces == 1:
-        return x @ dequantize_planes(name, planes, x.dtype).T
+        return dense_linear(x, dequantize_planes(name, planes, x.dtype))
     step = max(ALIGNED_ROWS, n // pieces // ALIGNED_ROWS * ALIGNED_ROWS)
     y = x.new_empty((x.shape[0], n))
     for start in range(0, n, step):
         part = tuple(plane[start : start + step] for plane in planes)
-        torch.mm(x, dequantize_planes(name, part, x.dtype).T, out=y[:, start : start + step])
+        dense_linear(x, dequantize_planes(name, part, x.dtype), out=y[:, start : start + step])
     return y
+
+
+def dense_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [..., K] @ weight [N, K].T, in `out` where it is given.
+
+    Up to MAX_ROWS rows are multiplied one by one, so that each gets the bits it has alone, as in the packed matvecs: a
+    BLAS sums in another order where there are others.
+    """
+    rows = x.shape[0] if x.dim() == 2 else 0
+    if isinstance(rows, int) and 1 < rows <= MAX_ROWS:
+        return torch.cat([row @ weight.T for row in x.split(1)], out=out)
+    return torch.matmul(x, weight.T, out=out)
 
 
 def _fake(name: str) -> Callable[..., Tensor]:

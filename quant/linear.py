@@ -11,7 +11,6 @@ from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gemma4.kernels import linear as ops
 from gemma4.kernels.q4_0_matvec import q4_0_matvec
@@ -130,9 +129,10 @@ def decoded_linear(x: Tensor, weight: QuantTensor) -> Tensor:
     n, k = weight.shape
     stored = next(iter(weight.planes_dict().values()))
     if stored.dtype == x.dtype:
-        return F.linear(x, stored)
+        return ops.dense_linear(x, stored)
     rows = max(1, _CHUNK_BYTES // (4 * k))
-    chunks = [F.linear(x, weight.slice_rows(i, min(i + rows, n)).dequantize().to(x.dtype)) for i in range(0, n, rows)]
+    parts = (weight.slice_rows(i, min(i + rows, n)).dequantize().to(x.dtype) for i in range(0, n, rows))
+    chunks = [ops.dense_linear(x, part) for part in parts]
     return torch.cat(chunks, dim=-1) if len(chunks) > 1 else chunks[0]
 
 
