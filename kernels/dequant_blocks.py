@@ -1,9 +1,10 @@
 """Exact float32 decode of blocks as they stand in a file, for types whose numbers need no table.
 
 Every `blocks` is uint8 [..., row_bytes], whole rows of whole blocks, and decodes to float32 [..., K]. Layouts and the
-order of operations are those of `gguf.quants.dequantize` (gguf-py), or of ggml for Q8_K and Q1_0, which gguf-py lacks, so
-results are bit-identical. Products have at most 24 significant bits and are exact but for Q8_K's; only Q2_K subtracts.
-The functions are plain torch without data-dependent control flow: they run on any device and trace under `torch.export`.
+order of operations are those of `gguf.quants.dequantize` (gguf-py), or of ggml for Q8_K and Q1_0, which gguf-py lacks,
+so results are bit-identical. Products have at most 24 significant bits and are exact but for Q8_K's; only Q2_K
+subtracts. The functions are plain torch without data-dependent control flow: they run on any device and trace under
+`torch.export`.
 """
 
 from __future__ import annotations

@@ -107,8 +107,35 @@ RETIRED_TYPES: Final[dict[int, str]] = {
 }
 """Ids ggml once used and has removed, with their names."""
 
-FORK_TYPES: Final[dict[int, str]] = {43: "MX46A", 44: "MX46A", 142: "Prism", 143: "Prism"}
-"""Ids that only forks of llama.cpp write, with the name of the fork's format."""
+FORK_TYPES: Final[dict[int, str]] = {
+    43: "MX46A or TurboQuant",
+    44: "MX46A or TurboQuant",
+    45: "TurboQuant TQ3_1S",
+    46: "TurboQuant TQ4_1S",
+    47: "TurboQuant",
+    48: "TurboQuant",
+    133: "ik_llama.cpp's Q6_0",
+    134: "ik_llama.cpp's IQ1_BN",
+    135: "ik_llama.cpp's IQ2_BN",
+    137: "ik_llama.cpp's IQ2_K",
+    138: "ik_llama.cpp's IQ3_K",
+    139: "ik_llama.cpp's IQ4_K",
+    140: "ik_llama.cpp's IQ5_K",
+    141: "ik_llama.cpp's IQ6_K",
+    142: "Prism",
+    143: "Prism",
+    144: "ik_llama.cpp's IQ4_KS",
+    145: "ik_llama.cpp's IQ2_KS",
+    146: "ik_llama.cpp's IQ4_KSS",
+    152: "ik_llama.cpp's IQ5_KS",
+    153: "ik_llama.cpp's IQ2_KT",
+    154: "ik_llama.cpp's IQ3_KT",
+    155: "ik_llama.cpp's IQ4_KT",
+    156: "ik_llama.cpp's IQ3_KS",
+    157: "ik_llama.cpp's IQ2_KL",
+    158: "ik_llama.cpp's IQ1_KT",
+}
+"""Ids that only forks of llama.cpp write, with the name of the fork's format; forks share some of them."""
 
 
 def row_bytes(t: GGMLType, k: int) -> int:

@@ -51,7 +51,8 @@ def test_row_bytes_of_odd_and_empty_rows() -> None:
     [
         (12, "Q4_K (12)"),
         (33, "33 (Q4_0_8_8, retired by ggml)"),
-        (43, "43 (MX46A, written only by a fork of llama.cpp)"),
+        (43, "43 (MX46A or TurboQuant, written only by a fork of llama.cpp)"),
+        (144, "144 (ik_llama.cpp's IQ4_KS, written only by a fork of llama.cpp)"),
         (143, "143 (Prism, written only by a fork of llama.cpp)"),
         (4294967295, "4294967295 (unknown)"),
     ],

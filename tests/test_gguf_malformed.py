@@ -264,8 +264,8 @@ def test_all_tensors_of_unknown_types_are_listed_by_type(tmp_path: Path) -> None
     assert error.field == "a"
     for words in (
         "6 tensors",
-        "type 43 (MX46A, written only by a fork of llama.cpp): a, f",
-        "type 44 (MX46A, written only by a fork of llama.cpp): b",
+        "type 43 (MX46A or TurboQuant, written only by a fork of llama.cpp): a, f",
+        "type 44 (MX46A or TurboQuant, written only by a fork of llama.cpp): b",
         "type 142 (Prism, written only by a fork of llama.cpp): c",
         "type 4 (Q4_2, retired by ggml): d",
         "type 99 (unknown): e",
