@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,8 @@ from gemma4.cache import KVCache
 from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_ids
 from gemma4.checkpoint import load_model, save_model
 from gemma4.config import Gemma4Config
-from gemma4.decode_loop import DecodeLoop
 from gemma4.generate import check_ids, check_room, generate_tokens, prefill
-from gemma4.mapping import plan_load
+from gemma4.mapping import PER_LAYER_TABLE, plan_load
 from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, check_fits
 from gemma4.model import TextModel
 from gemma4.progress import progress_bar
@@ -30,6 +28,7 @@ from gemma4.quant.linear import PackedWeight
 from gemma4.quant.loader import load_weights
 from gemma4.quant.plan import LoadPlan
 from gemma4.sampling import SamplingParams
+from gemma4.session import SessionPool
 from gemma4.text_stream import stream_text
 from gemma4.tokenizer import Tokenizer, tokenizer_from_metadata
 
@@ -56,7 +55,7 @@ class Gemma4:
         self.path = path
         self.max_seq_len = max_seq_len
         self.sampling = SamplingParams.from_metadata(metadata, path)
-        self._idle_loops: deque[DecodeLoop] = deque(maxlen=1)
+        self._sessions = SessionPool(model, max_seq_len)
 
     @classmethod
     def from_gguf(
@@ -68,6 +67,7 @@ class Gemma4:
         max_seq_len: int = 4096,
         fuse: bool = True,
         dequantize: bool = False,
+        per_layer_table: Literal["device", "host"] = "device",
     ) -> Gemma4:
         """Opens a GGUF file and loads its weights, packed as they are stored.
 
@@ -75,6 +75,8 @@ class Gemma4:
         max_seq_len: positions a generation may use, at most the model's context.
         fuse: join gate and up projections where both are Q4_K.
         dequantize: hold dense weights in `dtype`; more memory, faster on a CPU.
+        per_layer_table: where the per-layer embeddings of E2B and E4B are kept for a GPU, on it or in pinned host memory,
+        of which each token reads one row.
         Raises a Gemma4Error that names the file and what is wrong with it; DoesNotFitError before anything is loaded.
         """
         device, dtype = _placement(device, dtype)
@@ -85,6 +87,8 @@ class Gemma4:
                 logger.info("%s", fusion)
             if dequantize:
                 plan = plan.dense(_DENSE_TYPES[dtype])
+            if per_layer_table == "host":
+                plan = plan.with_host_memory(PER_LAYER_TABLE)
             max_seq_len = min(max_seq_len, config.context_length)
             if device.type == "cuda":
                 memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
@@ -108,6 +112,10 @@ class Gemma4:
         model, plan, metadata = load_model(path, dtype, device)
         max_seq_len = min(max_seq_len, model.config.context_length)
         return cls(model.eval(), plan, metadata, path=Path(path), max_seq_len=max_seq_len)
+
+    def forget(self) -> None:
+        """Drops the keys and values of the last generation, and the memory they take."""
+        self._sessions.clear()
 
     def save_packed(self, path: str | Path) -> None:
         """Writes the model as one safetensors file, weights packed as they are; an existing file is replaced whole."""
@@ -184,12 +192,15 @@ class Gemma4:
         eog_ids: frozenset[int] | None = None,
         **sampling: float | None,
     ) -> Iterator[int]:
-        """The ids of `generate_ids` one by one, sampled by the settings of `generate`. Raises ContextError at once."""
+        """The ids of `generate_ids` one by one, sampled by the settings of `generate`. Raises ContextError at once.
+
+        Tokens at the beginning that the generation before has run already do not run again.
+        """
         own_eog_ids, suppress_ids = self._text_options()
         check_ids(ids, self.config.vocab_size)
         check_room(len(ids), max_new_tokens, self.max_seq_len)
-        loop = self._loop(self.sampling.override(**sampling), suppress_ids, len(ids) + max_new_tokens)
-        return self._run(ids, max_new_tokens, seed, own_eog_ids if eog_ids is None else eog_ids, loop)
+        eog_ids = own_eog_ids if eog_ids is None else eog_ids
+        return self._run(ids, max_new_tokens, seed, eog_ids, self.sampling.override(**sampling), suppress_ids)
 
     @overload
     def generate(
@@ -289,25 +300,21 @@ class Gemma4:
         return self.tokenizer.eog_ids, self.tokenizer.suppress_ids
 
     def _run(
-        self, ids: Sequence[int], max_new_tokens: int, seed: int, eog_ids: frozenset[int], loop: DecodeLoop
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        seed: int,
+        eog_ids: frozenset[int],
+        params: SamplingParams,
+        suppress_ids: tuple[int, ...],
     ) -> Iterator[int]:
+        session = self._sessions.take(params, suppress_ids)
         try:
-            yield from generate_tokens(loop, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
-        finally:
-            if loop.runs_ahead:
-                self._idle_loops.append(loop)
-
-    def _loop(self, params: SamplingParams, suppress_ids: tuple[int, ...], needed: int) -> DecodeLoop:
-        """A decode loop for one generation: the idle one with its captured graph, where there is one that fits."""
-        try:
-            idle = self._idle_loops.pop()
-        except IndexError:
-            idle = None
-        if idle is not None and idle.params == params:
-            return idle
-        length = self.max_seq_len if self.device.type == "cuda" else needed
-        cache = KVCache(self.config, length, self.model.dtype, self.device) if idle is None else idle.cache
-        return DecodeLoop(self.model, cache, params, suppress_ids)
+            yield from generate_tokens(session, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
+        except GeneratorExit:
+            self._sessions.put(session)  # nobody listens any more; the tokens so far are whole
+            raise
+        self._sessions.put(session)
 
 
 def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gemma4.cache import KVCache
-from gemma4.decode_loop import DecodeLoop
 from gemma4.model import TextModel
 from gemma4.quant.errors import ContextError
+from gemma4.session import Session
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -62,22 +62,40 @@ def check_room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> Non
 
 @torch.inference_mode()
 def generate_tokens(
-    loop: DecodeLoop, ids: Sequence[int], max_new_tokens: int, *, seed: int = 0, eog_ids: frozenset[int] = frozenset()
+    session: Session,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    seed: int = 0,
+    eog_ids: frozenset[int] = frozenset(),
 ) -> Iterator[int]:
     """Yields up to `max_new_tokens` ids that follow `ids`; ends after an id in `eog_ids`, which is yielded too.
 
-    Equal seeds give equal ids. Raises ContextError where they do not fit in the loop's cache.
+    Tokens that the session holds from before do not run again. Raises ContextError where the ids do not fit in its
+    cache. A session whose generation was left is as good as any; one whose generation failed is not.
     """
+    loop, history = session.loop, session.history
     check_room(len(ids), max_new_tokens, loop.cache.max_seq_len)
-    logits = prefill(loop.model, loop.cache, ids)
+    start = history.resume(ids)
+    history.will_write(len(ids))
+    logits = prefill(loop.model, loop.cache, ids[start:], start)
+    history.ids += ids[start:]
     loop.start(logits, len(ids), seed)
     for remaining in range(max_new_tokens - 1, -1, -1):
         read = loop.read()
         if loop.runs_ahead and remaining:
-            loop.advance()
+            _advance(session)
         new_id = read()
+        if loop.runs_ahead and remaining:
+            history.ids.append(new_id)
         yield new_id
         if new_id in eog_ids:
             return
         if remaining and not loop.runs_ahead:
-            loop.advance()
+            _advance(session)
+            history.ids.append(new_id)
+
+
+def _advance(session: Session) -> None:
+    session.history.will_write(len(session.history.ids) + 1)
+    session.loop.advance()
