@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -45,9 +47,11 @@ class Conversation:
         note = None
         try:
             timed, room = self._begin(question)
-            for piece in timed:
-                pieces.append(piece)
-                write(piece)
+            with _interrupts_between_pieces() as check:
+                for piece in timed:
+                    pieces.append(piece)
+                    write(piece)
+                    check()
         except KeyboardInterrupt:
             note = "stopped"
         else:
@@ -73,6 +77,34 @@ class Conversation:
             )
         wanted = min(self.options.max_new_tokens, room)
         return self.run.text(ids, replace(self.options, max_new_tokens=wanted)), room
+
+
+@contextlib.contextmanager
+def _interrupts_between_pieces() -> Iterator[Callable[[], None]]:
+    """From the first call of the function it gives, Ctrl-C waits for the next one; a second Ctrl-C does not.
+
+    An answer that is left between two tokens leaves keys and values that the next one can go on from.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    has_begun, is_wanted = threading.Event(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if not has_begun.is_set() or is_wanted.is_set():
+            raise KeyboardInterrupt
+        is_wanted.set()
+
+    def check() -> None:
+        has_begun.set()
+        if is_wanted.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def chat_loop(conversation: Conversation) -> None:

@@ -478,6 +478,30 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(real_run: Run) -> None:
     ]
 
 
+def test_the_next_answer_goes_on_where_ctrl_c_stopped_one(real_run: Run) -> None:
+    conversation = Conversation(real_run, replace(GREEDY, max_new_tokens=20), None, think=False)
+    written: list[str] = []
+
+    def write(piece: str) -> None:
+        written.append(piece)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert conversation.answer("Tell me a long story about a fox.", write) == "stopped"
+    assert len(written) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+    passes: list[int] = []
+    hook = real_run.model.model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    try:
+        conversation.answer("Go on.", lambda _: None)
+    finally:
+        hook.remove()
+    messages = [*conversation.turns[:2], {"role": "user", "content": "Go on."}]
+    whole = render_chat_ids(real_run.model.chat_template, real_run.model.tokenizer, messages)
+    assert passes[0] < len(whole) // 2 + 4
+
+
 def test_a_conversation_that_outgrows_the_context_is_kept(real_run: Run) -> None:
     conversation = Conversation(real_run, GREEDY, None, think=False)
     conversation.answer("Tell me a story.", str)
