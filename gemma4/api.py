@@ -75,8 +75,8 @@ class Gemma4:
         max_seq_len: positions a generation may use, at most the model's context.
         fuse: join gate and up projections where both are Q4_K.
         dequantize: hold dense weights in `dtype`; more memory, faster on a CPU.
-        per_layer_table: where the per-layer embeddings of E2B and E4B are kept for a GPU, on it or in pinned host memory,
-        of which each token reads one row.
+        per_layer_table: where the per-layer embeddings of E2B and E4B are kept for a GPU, on it or in pinned host
+        memory, of which each token reads one row.
         Raises a Gemma4Error that names the file and what is wrong with it; DoesNotFitError before anything is loaded.
         """
         device, dtype = _placement(device, dtype)

@@ -59,7 +59,7 @@ def load_model(
 ) -> tuple[TextModel, LoadPlan, dict[str, Any]]:
     """Model, plan and GGUF metadata of a file of `save_model`. Raises a Gemma4Error that names what is wrong."""
     path = Path(path)
-    tensors, strings = load_packed(path, device)
+    tensors, strings = load_packed(path)
     config = _parse(Gemma4Config.model_validate_json, strings, _CONFIG, path)
     plan = _parse(_PLAN_JSON.validate_json, strings, _PLAN, path)
     metadata = _parse(_METADATA_JSON.validate_json, strings, _METADATA, path)
@@ -72,10 +72,11 @@ def load_model(
     for name, tensor in tensors.items():
         module = modules.get(name)
         if isinstance(module, PackedWeight):
-            module.assign(tensor)
+            module.take(tensor, device)
         elif name in vectors and tensor.shape == (1, vectors[name].numel()):
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.dequantize()[0], requires_grad=False))
+            values = tensor.dequantize()[0].to(device)
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
         else:
             raise UnexpectedTensorError(f"the model has no place for {list(tensor.shape)}", path=path, field=name)
     if unfilled := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

@@ -17,11 +17,12 @@ from gemma4.quant.transforms import concat_rows, read_by_config, register_transf
 if TYPE_CHECKING:
     from gemma4.quant.gguf_file import GGUFFile, TensorInfo
 
+PER_LAYER_TABLE: Final = "embed_tokens_per_layer.weight"
 _GLOBAL_NAMES: Final = {
     "token_embd.weight": "embed_tokens.weight",
     "output_norm.weight": "norm.weight",
     "output.weight": "lm_head.weight",
-    "per_layer_token_embd.weight": "embed_tokens_per_layer.weight",
+    "per_layer_token_embd.weight": PER_LAYER_TABLE,
     "per_layer_model_proj.weight": "per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "per_layer_projection_norm.weight",
 }

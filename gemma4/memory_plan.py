@@ -123,7 +123,9 @@ class MemoryModel:
         self.config = config
         self.kv_cache = kv_cache
         self.itemsize = itemsize
-        self._weights = _Taken.by(size for entry in load_plan.entries for size in weight_planes(entry))
+        self._weights = _Taken.by(
+            size for entry in load_plan.entries if not entry.in_host_memory for size in weight_planes(entry)
+        )
         self._workspace = Workspace(config, load_plan, itemsize)
 
     def at(self, context: int) -> MemoryPlan:

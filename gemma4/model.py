@@ -49,7 +49,7 @@ class Weights:
     def packed(self, name: str) -> PackedWeight:
         entry = self._entry(name)
         n, k = entry.shape
-        return PackedWeight(entry.type, (n, k))
+        return PackedWeight(entry.type, (n, k), in_host_memory=entry.in_host_memory)
 
     def linear(self, name: str, out_dtype: torch.dtype = torch.float32) -> Linear:
         scale = self.entries.get(f"{self.scope}{name}.scale")

@@ -24,6 +24,7 @@ from gemma4.kernels.q8_0_matvec import q8_0_matvec
 from gemma4.quant.errors import ShapeError
 from gemma4.quant.formats import QuantTensor, container_for
 from gemma4.quant.ggml_types import GGMLType
+from gemma4.quant.host_memory import empty_in_host_memory
 
 Rows: TypeAlias = tuple[Tensor, ...]
 """Rows [M, K] of activations: (x,), or what `gemma4.kernels.activations.quantize_activations` returns for x."""
@@ -55,18 +56,28 @@ _CHUNK_BYTES = 64 << 20
 
 
 class PackedWeight(nn.Module):
-    """The planes of one container [N, K] as parameters; on the meta device until `allocate`."""
+    """The planes of one container [N, K] as parameters; on the meta device until `allocate`.
 
-    def __init__(self, ggml_type: GGMLType, shape: tuple[int, int]) -> None:
+    in_host_memory: planes for a GPU are allocated in host memory, where the GPU reads them over the bus.
+    """
+
+    def __init__(self, ggml_type: GGMLType, shape: tuple[int, int], *, in_host_memory: bool = False) -> None:
         super().__init__()
         self.ggml_type = ggml_type
         self.shape = shape
+        self.in_host_memory = in_host_memory
         self._container: type[QuantTensor] = container_for(ggml_type)
         self.allocate("meta")
 
     def allocate(self, device: torch.device | str) -> None:
-        """Gives the planes uninitialised storage on `device`."""
-        self.assign(self._container.empty(*self.shape, device))
+        """Gives the planes uninitialised storage for `device`."""
+        device = torch.device(device)
+        if not self.in_host_memory or device.type != "cuda":
+            self.assign(self._container.empty(*self.shape, device))
+            return
+        shapes = self._container.empty(*self.shape, "meta").planes_dict()
+        planes = {name: empty_in_host_memory(tuple(p.shape), p.dtype, device) for name, p in shapes.items()}
+        self.assign(self._container.from_planes(planes))
 
     def assign(self, tensor: QuantTensor) -> None:
         """Takes over the planes of a container of this type and shape. Raises ShapeError."""
@@ -75,6 +86,16 @@ class PackedWeight(nn.Module):
             raise ShapeError(f"found {found}, expected {self.ggml_type.name} {list(self.shape)}")
         for name, plane in tensor.planes_dict().items():
             self.register_parameter(name, nn.Parameter(plane, requires_grad=False))
+
+    def take(self, tensor: QuantTensor, device: torch.device) -> None:
+        """As `assign`, after moving the planes to where a weight for `device` belongs. Raises ShapeError."""
+        if self.in_host_memory and device.type == "cuda":
+            self.assign(tensor)
+            self.allocate(device)
+            for plane, source in zip(self.planes, tensor.planes_dict().values(), strict=True):
+                plane.copy_(source)
+        else:
+            self.assign(tensor.to(device))
 
     @property
     def planes(self) -> tuple[Tensor, ...]:

@@ -67,7 +67,7 @@ class LoadEntry:
     """One weight of the model: [N, K], or [K] for a vector.
 
     file_type: how the file stores it. type: how the model holds it; differs from `file_type` only in a dense plan.
-    parts: the tensors that fill its rows.
+    parts: the tensors that fill its rows. in_host_memory: where the model is on a GPU, it stays on the host.
     """
 
     target: str
@@ -75,6 +75,7 @@ class LoadEntry:
     type: GGMLType
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    in_host_memory: bool = False
 
     @property
     def numel(self) -> int:
@@ -133,6 +134,12 @@ class LoadPlan:
         """The same plan with every matrix held as `dense_type` instead of packed."""
         return replace(
             self, entries=tuple(replace(e, type=dense_type) if len(e.shape) > 1 else e for e in self.entries)
+        )
+
+    def with_host_memory(self, target: str) -> LoadPlan:
+        """The same plan with one weight left in host memory, if there is such a weight."""
+        return replace(
+            self, entries=tuple(replace(e, in_host_memory=True) if e.target == target else e for e in self.entries)
         )
 
     @property
