@@ -21,6 +21,7 @@ from gemma4 import Gemma4, __version__
 from gemma4.cache import KVCache
 from gemma4.decode_loop import DecodeLoop
 from gemma4.generate import prefill
+from gemma4.memory_plan import MemoryModel
 from gemma4.sampling import SamplingParams
 
 
@@ -50,13 +51,45 @@ def timed(run: object, repeats: int) -> list[float]:
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
+def fill(cache: KVCache) -> None:
+    """Puts random content into every tensor of a cache."""
+    for layer in cache.own.values():
+        for tensor in layer.tensors().values():
+            if tensor.is_floating_point():
+                tensor.normal_()
+            else:
+                tensor.random_(0, 256)
+
+
+def measure_memory(model: Gemma4) -> dict[str, int]:
+    """Bytes that a generation in the whole context takes of the GPU, beside what was planned from the header.
+
+    The keys and values are taken for all positions at once, so a prompt of a few chunks shows the peak.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    plan = MemoryModel(model.config, model.plan, itemsize=model.model.dtype.itemsize).at(model.max_seq_len)
+    prompt = torch.randint(0, model.config.vocab_size, (min(3 * plan.chunk + 5, plan.context - 8),)).tolist()
+    model.generate_ids(prompt, 8, eog_ids=frozenset())
+    free, total = torch.cuda.mem_get_info()
+    memory = {
+        "context": plan.context,
+        "planned_allocated_bytes": plan.allocated_bytes,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "planned_total_bytes": plan.total_bytes,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "gpu_used_bytes": total - free,
+    }
+    model.forget()
+    torch.cuda.empty_cache()
+    return memory
+
+
 @torch.inference_mode()
 def time_decode(model: Gemma4, contexts: list[int], params: SamplingParams, steps: int) -> dict[int, float]:
     """Seconds per token at each context."""
     cache = KVCache(model.config, max(contexts) + 4 * steps + 16, model.model.dtype, model.device)
-    for layer in cache.layers:
-        layer.k.normal_()
-        layer.v.normal_()
+    fill(cache)
     loop = DecodeLoop(model.model, cache, params)
     seconds = {}
     for context in contexts:
@@ -125,6 +158,7 @@ def main() -> None:
     load_s = time.perf_counter() - begin
     host_bytes = anonymous_bytes()
     packed = sum(p.nbytes for p in model.model.parameters())
+    memory = measure_memory(model)
     decode = time_decode(model, contexts, SamplingParams(temperature=0), args.steps)
     fill = time_prefill(model, prompts, 3)
     if args.profile:
@@ -138,6 +172,13 @@ def main() -> None:
         print(f"decode  @{context:<8} {1 / s:10.1f} {1e3 * s:10.3f} {packed / s / bandwidth:12.0%}")
     for length, s in fill.items():
         print(f"prefill {length:<9} {length / s:10.0f} {1e3 * s / length:10.3f}")
+    print(f"\nmemory at context {memory['context']:,}  planned GB  measured GB")
+    for label, planned, measured in (
+        ("tensors", "planned_allocated_bytes", "peak_allocated_bytes"),
+        ("all of the GPU", "planned_total_bytes", "gpu_used_bytes"),
+    ):
+        share = memory[planned] / memory[measured] - 1
+        print(f"{label:<26} {memory[planned] / 1e9:10.2f} {memory[measured] / 1e9:12.2f} {share:+8.1%}")
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -149,6 +190,7 @@ def main() -> None:
         "host_anonymous_bytes": host_bytes,
         "decode_tokens_per_s": {c: 1 / s for c, s in decode.items()},
         "prefill_tokens_per_s": {n: n / s for n, s in fill.items()},
+        "memory": memory,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
     }
     print(json.dumps(result))
