@@ -1,7 +1,8 @@
 """Key/value caches: objects that a forward pass is given, so that one model serves any number of generations.
 
 Keys and values are [1, num_key_value_heads, length, head_dim]. Full layers keep every position. Sliding layers keep a
-ring of twice their window, position p in slot p % length, so that a prefill chunk may be as long as the ring.
+ring of twice their window, position p in slot p % length, so that a prefill chunk may be as long as the ring. Full
+layers whose values are their keys hold both as one tensor (`gemma4.kernels.tied_rope_cache`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from gemma4.config import Gemma4Config, LayerConfig, LayerKind
 from gemma4.kernels.decode_attention import MAX_TOKENS
 from gemma4.kernels.prefill_attention import prefill_attention
 from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache, rms_norm, rotate
+from gemma4.kernels.tied_prefill_attention import tied_prefill_attention
+from gemma4.kernels.tied_rope_cache import tied_norm_rope, tied_norm_rope_cache, tied_queries
 from gemma4.quant.errors import ContextError
 from gemma4.quant.linear import Rows
+from gemma4.rope import tied_dims
 from gemma4.rows import RowMaker
 
 
@@ -50,6 +54,26 @@ class AttentionCache(Protocol):
         """
 
 
+class OwnCache(AttentionCache, Protocol):
+    """The cache of a layer that projects its own keys. window: tokens a query sees, its own included; 0 for all."""
+
+    window: int
+
+    def read(
+        self, queries: Tensor, k_weight: Tensor, input_pos: Tensor, scale: float, window: int, make: RowMaker
+    ) -> Rows:
+        """The attention of another model's queries at positions input_pos [T], T at most 8, to what was written.
+
+        queries: [1, H, T, D], normalised and turned. k_weight: float32 [D], of this layer's key norm.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it keeps between passes, by attribute name. An exporter makes them buffers and sets the attributes."""
+
+    def commit(self, input_pos: Tensor) -> None:
+        """Ends a pass: writes what still waits."""
+
+
 class LayerCache:
     """Keys and values of one layer. window: tokens a query sees, its own included; 0 for all.
 
@@ -74,8 +98,12 @@ class LayerCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it keeps between passes, by attribute name. An exporter makes them buffers and sets the attributes."""
         return {"k": self.k, "v": self.v}
+
+    def read(
+        self, queries: Tensor, k_weight: Tensor, input_pos: Tensor, scale: float, window: int, make: RowMaker
+    ) -> Rows:
+        return make.decode_attention(queries, self.k, self.v, input_pos, scale, window)
 
     def attend(
         self,
@@ -111,12 +139,57 @@ class LayerCache:
         return bool(guard_or_false(tokens <= (MAX_TOKENS if has_room else 1)))
 
     def commit(self, input_pos: Tensor) -> None:
-        """Writes a chunk that still waits."""
         if self.chunk is not None:
             slots = input_pos % self.k.shape[2]
             self.k.index_copy_(2, slots, self.chunk[0])
             self.v.index_copy_(2, slots, self.chunk[1])
             self.chunk = None
+
+
+class TiedCache:
+    """Keys and values of one full layer as one row a position, of head_dim + rotated columns. rotated: `tied_dims`."""
+
+    def __init__(self, layer: LayerConfig, length: int, rotated: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (1, layer.num_key_value_heads, length, layer.head_dim + rotated)
+        self.window = 0
+        self.rotated = rotated
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"kv": self.kv}
+
+    def read(
+        self, queries: Tensor, k_weight: Tensor, input_pos: Tensor, scale: float, window: int, make: RowMaker
+    ) -> Rows:
+        assert window == 0, "full layers have none"
+        return make.tied_decode_attention(tied_queries(queries, k_weight, self.rotated), self.kv, input_pos, scale)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        heads: HeadTransform,
+        input_pos: Tensor,
+        scale: float,
+        make: RowMaker,
+    ) -> Rows:
+        """Adds the rows of these positions, too."""
+        q_weight, k_weight, inv_freq, eps, has_v_norm = heads
+        assert k is not None, "a layer with its own cache projects keys"
+        assert k_weight is not None, "and normalises them"
+        assert v is None, "its values are the raw keys"
+        assert has_v_norm, "normalised"
+        if guard_or_false(q.shape[0] <= MAX_TOKENS):
+            queries = tied_norm_rope_cache(q, k, q_weight, k_weight, self.kv, inv_freq, input_pos, eps)
+            return make.tied_decode_attention(queries, self.kv, input_pos, scale)
+        queries, rows = tied_norm_rope(q, k, q_weight, k_weight, inv_freq, input_pos, eps, self.rotated)
+        out = tied_prefill_attention(queries, rows, self.kv, input_pos, scale)
+        self.kv.index_copy_(2, input_pos, rows)
+        return make.heads(out)
+
+    def commit(self, input_pos: Tensor) -> None:
+        """Nothing waits: a pass writes its rows at once, because they overwrite nothing that is still read."""
 
 
 class SharedCache:
@@ -160,15 +233,20 @@ class KVCache:
         # A context within the window needs no ring: every position stays visible.
         window_or_all = config.sliding_window if config.sliding_window < max_seq_len else 0
         shared = {layer.kv_source for layer in config.layers}
-        self.own: dict[int, LayerCache] = {}
+        self.own: dict[int, OwnCache] = {}
         self.layers: list[AttentionCache] = []
         for i, layer in enumerate(config.layers):
             if layer.kv_source is not None:
-                self.layers.append(SharedCache(self.own[layer.kv_source]))
+                source = self.own[layer.kv_source]
+                assert isinstance(source, LayerCache), "only two tensors serve other layers"
+                self.layers.append(SharedCache(source))
                 continue
-            is_sliding = layer.kind is LayerKind.SLIDING
+            is_sliding, rotated = layer.kind is LayerKind.SLIDING, tied_dims(config, layer)
             length, window = (self.chunk_size, window_or_all) if is_sliding else (max_seq_len, 0)
-            self.own[i] = LayerCache(layer, length, window, dtype, torch.device(device), is_shared=i in shared)
+            if rotated:
+                self.own[i] = TiedCache(layer, length, rotated, dtype, torch.device(device))
+            else:
+                self.own[i] = LayerCache(layer, length, window, dtype, torch.device(device), is_shared=i in shared)
             self.layers.append(self.own[i])
 
     def commit(self, input_pos: Tensor) -> None:
@@ -178,4 +256,4 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.own.values())
+        return sum(tensor.nbytes for layer in self.own.values() for tensor in layer.tensors().values())

@@ -20,6 +20,7 @@ from gemma4.config import CacheKind, Gemma4Config, LayerConfig, LayerKind
 from gemma4.quant.errors import ContextError, DoesNotFitError
 from gemma4.quant.ggml_types import BLOCK_FORMATS, GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
+from gemma4.rope import tied_dims
 from gemma4.workspace import Workspace
 
 CONTEXT_BYTES: Final = 500 << 20
@@ -142,7 +143,7 @@ class MemoryModel:
             own = [layer for layer in config.layers if layer.kind is kind and layer.kv_source is None]
             if own:
                 positions = chunk if kind is LayerKind.SLIDING else context
-                per_token = [size for layer in own for size in kv_tensors(layer, self.kv_cache, self.itemsize)]
+                per_token = [size for layer in own for size in kv_tensors(config, layer, self.kv_cache, self.itemsize)]
                 groups.append(LayerGroup(kind, len(own), positions, sum(per_token)))
                 sizes += [positions * size for size in per_token]
         weights, kv = self._weights, _Taken.by(sizes)
@@ -196,11 +197,14 @@ def weight_planes(entry: LoadEntry) -> Iterable[int]:
     return (blocks * size for size in _PLANE_BYTES[entry.type])
 
 
-def kv_tensors(layer: LayerConfig, kv_cache: CacheKind, itemsize: int = 2) -> tuple[int, ...]:
+def kv_tensors(config: Gemma4Config, layer: LayerConfig, kv_cache: CacheKind, itemsize: int = 2) -> tuple[int, ...]:
     """Bytes per token in each tensor of the cache of a layer that has its own."""
     if kv_cache is CacheKind.TURBOQUANT and layer.kind is LayerKind.FULL:
         codes, norms = layer.num_key_value_heads * layer.head_dim // 2, layer.num_key_value_heads * 4
         return (codes, norms, codes, norms)
+    rotated = tied_dims(config, layer)
+    if rotated:
+        return (layer.num_key_value_heads * (layer.head_dim + rotated) * itemsize,)
     size = layer.num_key_value_heads * layer.head_dim * itemsize
     return (size, size)
 

@@ -212,10 +212,9 @@ class Decoder(nn.Module):
         self.lm_head = Linear(embeddings, torch.float32) if is_tied else weights.linear("lm_head")
         for kind in LayerKind:
             example = next((layer for layer in config.layers if layer.kind is kind), None)
-            frequencies = None if example is None else inverse_frequencies(config, example, device)
-            self.register_parameter(
-                f"inv_freq_{kind}", None if frequencies is None else nn.Parameter(frequencies, requires_grad=False)
-            )
+            frequencies = [] if example is None else inverse_frequencies(config, example)
+            inv_freq = nn.Parameter(torch.tensor(frequencies, dtype=torch.float32, device=device), requires_grad=False)
+            self.register_parameter(f"inv_freq_{kind}", inv_freq if frequencies else None)
         dense = ("embed_tokens_per_layer.weight", "per_layer_model_projection.weight", "router.proj.weight")
         matrices = (e for e in plan.entries if len(e.shape) > 1 and not e.target.endswith(dense))
         has_matvecs = all(e.type in MATVEC_OPS for e in matrices)

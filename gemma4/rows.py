@@ -16,6 +16,7 @@ from gemma4.kernels.decode_attention import decode_attention, decode_attention_q
 from gemma4.kernels.fused_norm import residual_norm, residual_norm_quantize, rms_norm, rms_norm_quantize
 from gemma4.kernels.gelu_mul import gelu_mul, gelu_mul_quantize
 from gemma4.kernels.split_merge import head_rows
+from gemma4.kernels.tied_decode_attention import tied_decode_attention, tied_decode_attention_quantize
 from gemma4.quant.linear import Rows
 
 
@@ -39,6 +40,9 @@ class RowMaker(Protocol):
 
     def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Rows:
         """The heads of `gemma4.kernels.decode_attention` side by side."""
+
+    def tied_decode_attention(self, q: Tensor, kv: Tensor, input_pos: Tensor, scale: float) -> Rows:
+        """The heads of `gemma4.kernels.tied_decode_attention` side by side."""
 
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         """norm(h)."""
@@ -67,6 +71,9 @@ class DenseRows:
     def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Rows:
         return self.heads(decode_attention(q, k, v, input_pos, scale, window))
 
+    def tied_decode_attention(self, q: Tensor, kv: Tensor, input_pos: Tensor, scale: float) -> Rows:
+        return self.heads(tied_decode_attention(q, kv, input_pos, scale))
+
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:
         return (rms_norm(h, norm.weight, norm.eps, self.dtype),)
 
@@ -92,6 +99,10 @@ class PackedRows:
 
     def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int) -> Rows:
         rows: Rows = decode_attention_quantize(q, k, v, input_pos, scale, window)
+        return rows
+
+    def tied_decode_attention(self, q: Tensor, kv: Tensor, input_pos: Tensor, scale: float) -> Rows:
+        rows: Rows = tied_decode_attention_quantize(q, kv, input_pos, scale)
         return rows
 
     def normed(self, h: Tensor, norm: RMSNorm) -> Rows:

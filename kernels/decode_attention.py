@@ -17,6 +17,7 @@ FlashAttention-2 (Dao, 2023) with the key split of Flash-Decoding (Dao et al., 2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -51,9 +52,11 @@ class DecodeConfig:
     num_stages: int
     programs_per_sm: int
 
-    def shared_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Upper bound of the shared memory of one program: K and V tiles in flight, Q, the exchange of scores."""
-        tiles = 2 * max(1, self.num_stages - 1) * self.block_n * head_dim * itemsize
+    def shared_bytes(self, head_dim: int, columns: int, itemsize: int) -> int:
+        """Upper bound of the shared memory of one program: tiles of keys and values in flight, Q, the exchange of
+        scores. columns: numbers that a cache holds of one key and value.
+        """
+        tiles = max(1, self.num_stages - 1) * self.block_n * columns * itemsize
         return tiles + self.block_r * (head_dim * itemsize + self.block_n * 4) + 1024
 
 
@@ -69,7 +72,7 @@ CONFIGS = (
 
 
 @cache
-def _device_limits(device: torch.device) -> tuple[int, int]:
+def device_limits(device: torch.device) -> tuple[int, int]:
     """(multiprocessors, bytes of shared memory one program may use)."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
@@ -116,6 +119,29 @@ def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, input_pos: Tenso
 
 
 @triton.jit
+def split_range(first, T: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, GRAIN: tl.constexpr):
+    """Of the keys that tokens first to first + T - 1 see, those of split program_id(1): positions [begin, end)."""
+    end = first + T
+    begin = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else 0
+    share = tl.cdiv(tl.cdiv(end - begin, SPLITS), GRAIN) * GRAIN
+    begin += tl.program_id(1) * share
+    return begin, tl.minimum(begin + share, end)
+
+
+@triton.jit
+def softmax_step(scores, row_max, row_sum):
+    """Takes one more tile of scores (units of log2) into a running softmax.
+
+    Returns the tile's weights, the decay of what was summed before, and the new maxima and sums of the rows.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see none of the first keys
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(row_max - shift)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
 def _decode_split_kernel(
     q_ptr,  # [B, Hkv * GROUP, T, D]
     k_ptr,  # [B, Hkv, L, D]
@@ -159,15 +185,11 @@ def _decode_split_kernel(
     q_rows = batch * stride_qb + (head * GROUP + rows // T) * stride_qh + (rows % T) * stride_qt
     # Loaded before the keys' range is known, so that the two loads wait together.
     q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
-    end = first + T
-    begin = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else 0
-    share = tl.cdiv(tl.cdiv(end - begin, SPLITS), GRAIN) * GRAIN  # keys of one split
-    begin += tl.program_id(1) * share
+    begin, end = split_range(first, T, WINDOW, SPLITS, GRAIN)
     if begin >= end:
         tl.store(max_ptr + out_rows, float("-inf"), mask=row_mask)
         tl.store(sum_ptr + out_rows, 0.0, mask=row_mask)
         return
-    end = tl.minimum(begin + share, end)
 
     row_pos = first + rows % T
     offs_n = tl.arange(0, BLOCK_N)
@@ -188,12 +210,7 @@ def _decode_split_kernel(
         if WINDOW > 0:
             seen = seen & (key_pos[None, :] > row_pos[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see none of the first keys
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        row_max = new_max
+        weights, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum)
         v = tl.load(v_base + slots[:, None] * stride_vl + offs_d[None, :], mask=key_mask[:, None], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
@@ -234,16 +251,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: int) -> N
         raise ValueError(f"a window of {window} and {q.shape[2]} tokens do not fit a cache of {k.shape[2]} slots")
 
 
-def _check_planes(planes: int) -> None:
+def check_planes(planes: int) -> None:
     if planes not in (1, 2):
         raise ValueError(f"decode_attention_quantize: planes must be 1 or 2, got {planes}")
 
 
-def choose_config(rows: int, head_dim: int, itemsize: int, shared_limit: int) -> DecodeConfig:
-    """The first of CONFIGS made for this many rows that fits the shared memory, else the smallest of them."""
+def choose_config(
+    configs: Sequence[DecodeConfig], rows: int, head_dim: int, columns: int, itemsize: int, shared_limit: int
+) -> DecodeConfig:
+    """The first of `configs` made for this many rows that fits the shared memory, else the smallest of them."""
     block_r = 16 if rows <= 16 else 32
-    configs = [c for c in CONFIGS if c.block_r == block_r]
-    return next((c for c in configs if c.shared_bytes(head_dim, itemsize) <= shared_limit), configs[-1])
+    suited = [c for c in configs if c.block_r == block_r]
+    return next((c for c in suited if c.shared_bytes(head_dim, columns, itemsize) <= shared_limit), suited[-1])
 
 
 def split_count(config: DecodeConfig, heads: int, rows: int, max_keys: int, multiprocessors: int) -> int:
@@ -306,8 +325,8 @@ def _split_attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: 
     """Run it with the configuration and the number of splits that suit the device."""
     tokens, head_dim = q.shape[2], q.shape[3]
     rows = q.shape[1] // k.shape[1] * tokens
-    multiprocessors, shared_limit = _device_limits(q.device)
-    config = choose_config(rows, head_dim, q.element_size(), shared_limit)
+    multiprocessors, shared_limit = device_limits(q.device)
+    config = choose_config(CONFIGS, rows, head_dim, 2 * head_dim, q.element_size(), shared_limit)
     max_keys = min(k.shape[2], window + tokens - 1) if window > 0 else k.shape[2]
     splits = split_count(config, k.shape[0] * k.shape[1], rows, max_keys, multiprocessors)
     return split_attention_launch(q, k, v, input_pos, scale, window, config, splits)
@@ -350,7 +369,7 @@ def decode_attention_quantize(
     The float32 result is quantized as it is, without being rounded to q's dtype first.
     """
     _check(q, k, v, input_pos, window)
-    _check_planes(planes)
+    check_planes(planes)
     if q.device.type == "cpu":
         return _quantize_reference(q, k, v, input_pos, scale, window, planes)
     return merge_quantized(_split_attention(q, k, v, input_pos, scale, window), q, planes)
@@ -368,5 +387,5 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float, window: int, planes: int = 2
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(q, k, v, input_pos, window)
-    _check_planes(planes)
+    check_planes(planes)
     return empty_quantized(q, planes)

@@ -24,7 +24,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gemma4.kernels.decode_attention import LOG2_E, check_attention, masked_attention, slot_positions
+from gemma4.kernels.decode_attention import (
+    LOG2_E,
+    check_attention,
+    masked_attention,
+    slot_positions,
+    softmax_step,
+)
+from gemma4.kernels.tied_rope_cache import natural_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ CONFIGS = (
 
 
 @cache
-def _device_limits(device: torch.device) -> tuple[bool, int]:
+def device_limits(device: torch.device) -> tuple[bool, int]:
     """(whether the device has warpgroup instructions, bytes of shared memory one program may use)."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major == 9, int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
@@ -94,9 +101,25 @@ def prefill_attention_reference(
 
 
 @triton.jit
+def _key_columns(offs_d, R: tl.constexpr):
+    """Where the columns of a key are in its row."""
+    if R == 0:
+        return offs_d
+    return tl.max_contiguous(tl.multiple_of(tl.where(offs_d < R, offs_d, offs_d + R), 8), 8)
+
+
+@triton.jit
+def _out_columns(offs_v, D: tl.constexpr, R: tl.constexpr):
+    """Where the columns of a value belong in the output."""
+    if R == 0:
+        return offs_v
+    return tl.max_contiguous(tl.multiple_of(natural_column(offs_v, D, R), 4), 4)
+
+
+@triton.jit
 def _prefill_attention_kernel(
     q_ptr,  # [B, Hkv * GROUP, T, D]
-    k_new_ptr,  # [B, Hkv, T, D]
+    k_new_ptr,  # [B, Hkv, T, D], a row every ROW elements, as in the next three
     v_new_ptr,  # [B, Hkv, T, D]
     k_cache_ptr,  # [B, Hkv, L, D]
     v_cache_ptr,  # [B, Hkv, L, D]
@@ -121,6 +144,8 @@ def _prefill_attention_kernel(
     WINDOW: tl.constexpr,
     TILES_WRAP: tl.constexpr,  # whether a tile of keys may reach over the end of the ring
     D: tl.constexpr,
+    R: tl.constexpr,  # 0, or columns of a key that are not also columns of its value: tied rows
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_DV: tl.constexpr,  # columns of v and out of one program
@@ -141,6 +166,7 @@ def _prefill_attention_kernel(
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, D)
+    offs_k = _key_columns(offs_d, R)
     offs_v = (tl.program_id(0) % V_PARTS) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     q_head = head * GROUP + rows % GROUP
     q_rows = batch * stride_qb + q_head * stride_qh + row_token.to(tl.int64) * stride_qt
@@ -171,26 +197,22 @@ def _prefill_attention_kernel(
             slots = tl.where(slots >= cache_len, slots - cache_len, slots)
             key_rows = tl.where(is_old, slots, first_key + offs_n)
             first_key = 0
-        k_tile = tl.where(is_old, k_cache, k_new) + first_key * D
-        k = tl.load(k_tile + (key_rows[:, None] * D + offs_d[None, :]), mask=key_mask[:, None], other=0.0)
+        k_tile = tl.where(is_old, k_cache, k_new) + first_key * ROW
+        k = tl.load(k_tile + (key_rows[:, None] * ROW + offs_k[None, :]), mask=key_mask[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         seen = key_mask[None, :] & (key_pos[None, :] <= row_pos[:, None])
         if WINDOW > 0:
             seen = seen & (key_pos[None, :] > row_pos[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see none of the first keys
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        row_max = new_max
-        v_tile = tl.where(is_old, v_cache, v_new) + first_key * D
-        v = tl.load(v_tile + (key_rows[:, None] * D + offs_v[None, :]), mask=key_mask[:, None], other=0.0)
+        weights, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum)
+        v_tile = tl.where(is_old, v_cache, v_new) + first_key * ROW
+        v = tl.load(v_tile + (key_rows[:, None] * ROW + offs_v[None, :]), mask=key_mask[:, None], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
     out = acc / row_sum[:, None]
     out_rows = ((batch * KV_HEADS * GROUP + q_head) * tokens + row_token) * D
-    tl.store(out_ptr + out_rows[:, None] + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+    offs_o = _out_columns(offs_v, D, R)
+    tl.store(out_ptr + out_rows[:, None] + offs_o[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
 
 
 # ----------------------------------------------------------------------------------------------------------- op
@@ -226,8 +248,9 @@ def prefill_attention_launch(
     scale: float,
     window: int,
     config: PrefillConfig,
+    rotated: int = 0,
 ) -> Tensor:
-    """Run the kernel with the given configuration."""
+    """Run the kernel with the given configuration. rotated: R of tied rows, where k are these and v their values."""
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads, length = k_cache.shape[1], k_cache.shape[2]
     group = q_heads // kv_heads
@@ -261,6 +284,8 @@ def prefill_attention_launch(
         WINDOW=window,
         TILES_WRAP=window > 0 and length % config.block_n != 0,
         D=head_dim,
+        R=rotated,
+        ROW=k_cache.stride(2),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_DV=block_dv,
@@ -289,7 +314,7 @@ def prefill_attention(
     _check(q, k_new, v_new, k_cache, v_cache, input_pos, window)
     if q.device.type == "cpu":
         return prefill_attention_reference(q, k_new, v_new, k_cache, v_cache, input_pos, scale, window)
-    wgmma, shared_limit = _device_limits(q.device)
+    wgmma, shared_limit = device_limits(q.device)
     config = choose_config(q.shape[3], q.element_size(), wgmma and q.dtype != torch.float32, shared_limit)
     return prefill_attention_launch(q, k_new, v_new, k_cache, v_cache, input_pos, scale, window, config)
 

@@ -172,7 +172,7 @@ def _norm_rope_head(src, dst, weight_ptr, cos, sin, eps, offs, HALF: tl.constexp
 # ---------------------------------------------------------------------------------------------------------- ops
 
 
-def _check(
+def check_projections(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -284,7 +284,7 @@ def qk_norm_rope(
     q_weight, k_weight float32 [D]; inv_freq float32 [D/2]; input_pos int64 [T]. v None: the values are the raw k.
     Raises ValueError on shapes, dtypes or strides that do not fit.
     """
-    _check(q, k, v, q_weight, k_weight, inv_freq, input_pos)
+    check_projections(q, k, v, q_weight, k_weight, inv_freq, input_pos)
     if q.device.type == "cpu":
         return qk_norm_rope_reference(q, k, v, q_weight, k_weight, inv_freq, input_pos, eps, v_norm)
     head_dim = q_weight.shape[0]
@@ -308,7 +308,7 @@ def _(
     eps: float,
     v_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, q_weight, k_weight, inv_freq, input_pos)
+    check_projections(q, k, v, q_weight, k_weight, inv_freq, input_pos)
     head_dim = q_weight.shape[0]
     k_out = k.new_empty((1, k.shape[1] // head_dim, k.shape[0], head_dim))
     q_out = q.new_empty((1, q.shape[1] // head_dim, q.shape[0], head_dim))
@@ -330,7 +330,7 @@ def qk_norm_rope_cache(
     v_norm: bool,
 ) -> Tensor:
     """As `qk_norm_rope`, with k and v written to slot input_pos % L of the caches [1, Hkv, L, D]; returns q."""
-    _check(q, k, v, q_weight, k_weight, inv_freq, input_pos)
+    check_projections(q, k, v, q_weight, k_weight, inv_freq, input_pos)
     _check_caches(k, k_cache, v_cache, q_weight.shape[0])
     run = qk_norm_rope_cache_reference
     if q.device.type == "cpu":
@@ -354,7 +354,7 @@ def _(
     eps: float,
     v_norm: bool,
 ) -> Tensor:
-    _check(q, k, v, q_weight, k_weight, inv_freq, input_pos)
+    check_projections(q, k, v, q_weight, k_weight, inv_freq, input_pos)
     _check_caches(k, k_cache, v_cache, q_weight.shape[0])
     head_dim = q_weight.shape[0]
     return q.new_empty((1, q.shape[1] // head_dim, q.shape[0], head_dim))

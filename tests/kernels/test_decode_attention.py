@@ -142,13 +142,14 @@ def test_compiles_on_cpu() -> None:
 @pytest.mark.parametrize("capability", SHARED_LIMITS)
 def test_chosen_configuration_fits_the_device(capability: int, shape: Case, tokens: int) -> None:
     rows = shape.q_heads // shape.kv_heads * tokens
-    config = choose_config(rows, shape.head_dim, 2, SHARED_LIMITS[capability])
+    config = choose_config(module.CONFIGS, rows, shape.head_dim, 2 * shape.head_dim, 2, SHARED_LIMITS[capability])
     q = torch.empty(1, shape.q_heads, tokens, shape.head_dim, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(1, shape.kv_heads, shape.length, shape.head_dim, dtype=torch.bfloat16, device="meta")
     input_pos = torch.empty(tokens, dtype=torch.int64, device="meta")
     args = (q, kv, kv, input_pos, 1.0, shape.window, config, 33)
     (split,) = compile_launches(module, capability, "split_attention_launch", *args)
-    assert split.metadata.shared <= config.shared_bytes(shape.head_dim, 2) <= SHARED_LIMITS[capability]
+    bound = config.shared_bytes(shape.head_dim, 2 * shape.head_dim, 2)
+    assert split.metadata.shared <= bound <= SHARED_LIMITS[capability]
     partials = split_merge.empty_partials(q, shape.kv_heads, 33)
     for out in ((q,), empty_activations(q.view(tokens, -1), 2)):
         (merge,) = compile_launches(split_merge, capability, "launch_merge", partials, tokens, out)
