@@ -21,7 +21,7 @@ from gemma4.quant.errors import ContextError, DoesNotFitError
 from gemma4.quant.ggml_types import BLOCK_FORMATS, GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
 from gemma4.rope import tied_dims
-from gemma4.workspace import Workspace
+from gemma4.workspace import Workspace, loading_bytes
 
 CONTEXT_BYTES: Final = 500 << 20
 """Allowance for what CUDA takes when a process begins to use a GPU."""
@@ -66,6 +66,7 @@ class MemoryPlan:
     prefill_bytes, decode_bytes: most bytes of activations and decoded weights alive in a chunk and in a decode step.
     allocated_bytes: the most that tensors take at a time, as `torch.cuda.max_memory_allocated` counts.
     rounding_bytes: what PyTorch takes from the GPU beyond tensors, in whole segments.
+    loading_bytes: buffers of the loader, as far as they are larger than caches and activations, which come later.
     """
 
     name: str
@@ -78,6 +79,7 @@ class MemoryPlan:
     decode_bytes: int
     allocated_bytes: int
     rounding_bytes: int
+    loading_bytes: int
 
     @property
     def kv_bytes(self) -> int:
@@ -86,7 +88,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """What the process takes of a GPU."""
-        tensors = self.weight_bytes + self.kv_bytes + self.prefill_bytes + self.decode_bytes
+        tensors = self.weight_bytes + self.kv_bytes + self.prefill_bytes + self.decode_bytes + self.loading_bytes
         return tensors + self.rounding_bytes + CONTEXT_BYTES + RUNTIME_BYTES
 
     def describe(self) -> str:
@@ -96,6 +98,7 @@ class MemoryPlan:
             *((f"KV cache, {g.layers} {g.kind} layers of {g.positions:,} positions", g.nbytes) for g in self.kv),
             (f"workspace, prefill of {self.chunk:,} tokens", self.prefill_bytes),
             ("workspace, decode step", self.decode_bytes),
+            *([("buffers of the loader beyond those", self.loading_bytes)] if self.loading_bytes else []),
             ("rounding of PyTorch's allocator", self.rounding_bytes),
             ("CUDA context, kernels, graph (allowance)", CONTEXT_BYTES + RUNTIME_BYTES),
             ("total", self.total_bytes),
@@ -128,6 +131,7 @@ class MemoryModel:
             size for entry in load_plan.entries if not entry.in_host_memory for size in weight_planes(entry)
         )
         self._workspace = Workspace(config, load_plan, itemsize)
+        self._loading_bytes = loading_bytes(load_plan)
 
     def at(self, context: int) -> MemoryPlan:
         """Raises ContextError where the model has no such positions."""
@@ -159,6 +163,7 @@ class MemoryModel:
             decode_bytes=decode,
             allocated_bytes=weights.allocated + kv.allocated + max(prefill, decode),
             rounding_bytes=weights.reserved - weights.nbytes + kv.reserved - kv.nbytes,
+            loading_bytes=max(0, self._loading_bytes - kv.reserved - prefill - decode),
         )
 
     def longest_context(self, available_bytes: int) -> int:

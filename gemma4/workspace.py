@@ -1,4 +1,4 @@
-"""The largest sum of tensors alive at a time in one pass of the model, from shapes alone; no torch.
+"""The largest sum of tensors alive at a time in one pass of the model, and while it loads; from shapes, no torch.
 
 It follows `gemma4.model`: what a layer's caller holds, what attention, MLP, experts and per-layer inputs add at their
 widest, and the weights that are decoded for a product. It grows with the tokens of a pass, not with the context.
@@ -12,13 +12,16 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from gemma4.config import Gemma4Config, LayerConfig
-from gemma4.quant.ggml_types import GGMLType
+from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
 
-# Limits of `gemma4.kernels.linear` and `gemma4.quant.linear`, kept here so that planning does not import torch.
+# Limits of `gemma4.kernels.linear`, `gemma4.quant.linear` and `gemma4.quant.loader`, here so that planning does not
+# import torch.
 SCRATCH_BYTES: Final = 256 << 20
 ALIGNED_ROWS: Final = 128
 CHUNK_BYTES: Final = 64 << 20
+LOADER_SLICE_BYTES: Final = 32 << 20
+LOADER_WORKERS: Final = 6
 MATVEC_TYPES: Final = frozenset(
     {
         GGMLType.Q4_0,
@@ -42,6 +45,9 @@ _DECODE_FACTOR: Final[Mapping[GGMLType, float]] = {
 _OTHER_FACTOR: Final = 2.85
 # Dense matrices that are multiplied as they are, by bytes of an activation.
 _MULTIPLIED: Final = {4: GGMLType.F32, 2: GGMLType.BF16}
+
+# Most bytes beside its slice that a worker of the loader needs to unpack one.
+UNPACKING_BYTES: Final = 20 << 20
 
 _Matrices = Mapping[str, LoadEntry]
 
@@ -140,3 +146,16 @@ class Workspace:
 def decode_factor(kind: GGMLType) -> float:
     """Bytes that torch needs to decode a type, in bytes of the float32 result."""
     return _DECODE_FACTOR.get(kind, _OTHER_FACTOR)
+
+
+def loading_bytes(plan: LoadPlan) -> int:
+    """Most bytes alive beside the weights while a plan loads onto a GPU."""
+    return int(LOADER_WORKERS * max(LOADER_SLICE_BYTES + _unpacking_bytes(entry) for entry in plan.entries))
+
+
+def _unpacking_bytes(entry: LoadEntry) -> float:
+    if entry.type is entry.file_type:
+        return UNPACKING_BYTES
+    k = entry.shape[-1]
+    rows = min(entry.numel // k, max(1, LOADER_SLICE_BYTES // row_bytes(entry.file_type, k)))
+    return 4 * rows * k * (1 + decode_factor(entry.file_type))

@@ -73,6 +73,7 @@ def test_json(fit: Any, path: Path) -> None:
     assert code == 0
     assert (report["path"], report["fits"], report["available_bytes"]) == (str(path), True, 24 * GIB)
     parts = ("weight_bytes", "kv_bytes", "prefill_bytes", "decode_bytes", "rounding_bytes", "allowance_bytes")
+    assert report["loading_bytes"] == 0
     assert report["total_bytes"] == sum(report[part] for part in parts)
     longest = report["longest_context"]
     assert fit("--gpu-memory", 24, "--context", longest)[0] == 0

@@ -15,10 +15,10 @@ from gemma4.kernels import linear as linear_ops
 from gemma4.mapping import plan_load
 from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, kv_tensors, weight_planes
 from gemma4.model import TextModel
-from gemma4.quant import linear
+from gemma4.quant import linear, loader
 from gemma4.quant.errors import ContextError, DoesNotFitError
 from gemma4.quant.formats import container_for
-from gemma4.quant.ggml_types import GGMLType
+from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LOADABLE_TYPES, LoadEntry, LoadPlan
 from gemma4.workspace import Workspace
@@ -71,11 +71,22 @@ def test_memory_to_decode_every_type(kind: GGMLType) -> None:
         assert 0.3 * workspace.decode_factor(kind) < peak / decoded <= workspace.decode_factor(kind)
 
 
+@pytest.mark.parametrize("kind", sorted(LOADABLE_TYPES), ids=lambda kind: kind.name)
+def test_memory_to_unpack_every_type(kind: GGMLType) -> None:
+    columns = 16384
+    blocks = torch.empty((loader.SLICE_BYTES // row_bytes(kind, columns), row_bytes(kind, columns)), dtype=torch.uint8)
+    blocks = blocks.to(META)
+    weight = container_for(kind).empty(blocks.shape[0], columns, META)
+    peak = peak_live_bytes(lambda: weight.write_rows(0, blocks), [*weight.planes_dict().values(), blocks])
+    assert peak <= workspace.UNPACKING_BYTES
+
+
 def test_limits_are_those_of_the_products() -> None:
     assert linear_ops.SCRATCH_BYTES["cuda"] == workspace.SCRATCH_BYTES
     assert workspace.ALIGNED_ROWS == linear_ops.ALIGNED_ROWS
     assert workspace.CHUNK_BYTES == linear._CHUNK_BYTES
     assert frozenset(linear.LINEAR_OPS) == workspace.MATVEC_TYPES
+    assert (loader.SLICE_BYTES, loader.GPU_WORKERS) == (workspace.LOADER_SLICE_BYTES, workspace.LOADER_WORKERS)
 
 
 @pytest.mark.parametrize("context", [1, 700, 2048, 2049, 8192])
@@ -163,11 +174,12 @@ def test_totals(header: Header) -> None:
         assert 0 < plan.kv_bytes < plan.total_bytes - plan.weight_bytes
         passes = max(plan.prefill_bytes, plan.decode_bytes)
         reserved = plan.weight_bytes + plan.kv_bytes + passes + plan.rounding_bytes
+        assert (plan.loading_bytes > 0) == ("loader" in plan.describe())
         assert reserved - plan.rounding_bytes <= plan.allocated_bytes <= reserved
         assert 0 <= plan.rounding_bytes < 0.05 * plan.total_bytes
         assert f"{plan.total_bytes:,}" in plan.describe().splitlines()[-1]
         assert json.loads(json.dumps(plan.to_json()))["total_bytes"] == plan.total_bytes
-    assert [plan.total_bytes for plan in plans] == sorted({plan.total_bytes for plan in plans})
+    assert [plan.total_bytes for plan in plans] == sorted(plan.total_bytes for plan in plans)
     for context in (0, -1, model.config.context_length + 1):
         with pytest.raises(ContextError, match=str(context)):
             model.at(context)
