@@ -131,9 +131,9 @@ def methods_of(
 def gumbel_max(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """A token int64 [1] from logits float32 [1, vocab_size]. temperature: float32 [1]; seed, position: int64 [1]."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    key = _mix(_mix(_mix(seed & _MASK) ^ ((seed >> 32) & _MASK)) ^ (position & _MASK))
+    key = _mix(_mix(_mix((seed & _MASK) + 1) ^ ((seed >> 32) & _MASK)) ^ (position & _MASK))
     # 23 bits and a half: exact in float32 and never 0 or 1.
-    uniform = ((_mix(_mix(ids ^ key) ^ key) >> 9).float() + 0.5) * 2.0**-23
+    uniform = ((_mix(_mix(_mix(_mix(ids ^ key)))) & 0x7FFFFF).float() + 0.5) * 2.0**-23
     return (logits + temperature * -torch.log(-torch.log(uniform))).argmax(dim=-1)
 
 
@@ -141,10 +141,12 @@ _MASK: Final = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers held in int64; no product leaves int64. Multipliers found by hash-prospector."""
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
-    return x ^ (x >> 15)
+    """A hash of 32-bit integers held in int64: twice the middle bits of a product, which depend on all bits of x.
+
+    Every step reads the one before it once: a compiler that writes out a chain of such steps would double it otherwise.
+    """
+    x = ((x + 0x3C6EF372) * 0x5851F42D >> 15) & _MASK
+    return ((x + 0x1B873593) * 0x4C957F2D >> 14) & _MASK
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
