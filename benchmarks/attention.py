@@ -1,9 +1,11 @@
 """Time the attention ops at the shapes of Gemma 4 31B on one GPU: python -m benchmarks.attention
 
-Sliding layers: 32 query and 16 KV heads of 256, window 1024, ring of 2048. Full layers: 32 and 4 heads of 512. All
-bfloat16. Each time is the median over CUDA graph replays. Decode rotates over caches of more than 300 MB together, so
-that none is found in L2. Every attention is compared with the torch reference first: a wrong result ends the run.
-The last line of the output is one JSON document with every figure; units are in the names.
+Sliding layers: 32 query and 16 KV heads of 256, window 1024, ring of 2048. Full layers: 32 and 4 heads of 512, keys and
+values as two tensors, or tied as rows of one, which is what the model uses. All bfloat16. Each time is the median over
+CUDA graph replays. Decode rotates over caches of more than 300 MB together, so that none is found in L2; it is timed
+with heads as its result, and with the int8 activations that a decode step wants. Every attention is compared with the
+torch reference first: a wrong result ends the run. The last line of the output is one JSON document with every figure;
+units are in the names.
 """
 
 from __future__ import annotations
@@ -14,18 +16,34 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gemma4.kernels.activations import dequantize_activations
 from gemma4.kernels.decode_attention import (
     decode_attention,
+    decode_attention_quantize,
     decode_attention_reference,
     masked_attention,
     slot_positions,
 )
 from gemma4.kernels.prefill_attention import prefill_attention
 from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache
+from gemma4.kernels.split_merge import head_rows
+from gemma4.kernels.tied_decode_attention import (
+    tied_decode_attention,
+    tied_decode_attention_quantize,
+    tied_decode_attention_reference,
+)
+from gemma4.kernels.tied_prefill_attention import tied_prefill_attention
+from gemma4.kernels.tied_rope_cache import (
+    keys_and_values,
+    natural_order,
+    tied_norm_rope,
+    tied_norm_rope_cache,
+)
 
 Q_HEADS = 32
 CHUNK = 2048
@@ -35,23 +53,161 @@ ROTATED_BYTES = 300_000_000
 TOLERANCE = 8e-3
 
 
+class Layer(Protocol):
+    """One kind of layer with its ops. Its cache is a tuple of tensors."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def projected(self) -> int:
+        """Numbers of a head and position that its cache is made from."""
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a head and position that its cache holds."""
+
+    def cache(self, length: int) -> tuple[Tensor, ...]: ...
+    def decode(self, q: Tensor, *cache_pos: Tensor) -> Tensor: ...
+    def decode_quantize(self, q: Tensor, *cache_pos: Tensor) -> tuple[Tensor, ...]: ...
+    def decode_reference(self, q: Tensor, *cache_pos: Tensor) -> Tensor: ...
+    def prefill(self, q: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...], input_pos: Tensor) -> Tensor: ...
+    def masked(self, q: Tensor, kv: tuple[Tensor, ...], input_pos: Tensor, key_pos: Tensor) -> Tensor: ...
+    def rope(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Callable[[], object]: ...
+
+
 @dataclass(frozen=True, slots=True)
-class Layer:
+class TwoTensors:
+    """Keys and values apart."""
+
     name: str
     kv_heads: int
     head_dim: int
     window: int
 
-    def cache(self, length: int) -> tuple[Tensor, Tensor]:
-        shape = (1, self.kv_heads, 2 * self.window if self.window else length, self.head_dim)
+    @property
+    def projected(self) -> int:
+        return 2 * self.head_dim
+
+    @property
+    def columns(self) -> int:
+        return 2 * self.head_dim
+
+    @property
+    def how(self) -> tuple[float, int]:
+        return self.head_dim**-0.5, self.window
+
+    def cache(self, length: int) -> tuple[Tensor, ...]:
+        shape = (1, self.kv_heads, length, self.head_dim)
         return random(*shape), random(*shape)
 
-    def seen(self, position: int) -> int:
-        """Keys that the token at `position` attends to."""
-        return min(position + 1, self.window) if self.window else position + 1
+    def decode(self, q: Tensor, *cache_pos: Tensor) -> Tensor:
+        out: Tensor = decode_attention(q, *cache_pos, *self.how)
+        return out
+
+    def decode_quantize(self, q: Tensor, *cache_pos: Tensor) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = decode_attention_quantize(q, *cache_pos, *self.how)
+        return out
+
+    def decode_reference(self, q: Tensor, *cache_pos: Tensor) -> Tensor:
+        k, v, input_pos = cache_pos
+        return decode_attention_reference(q, k, v, input_pos, *self.how)
+
+    def prefill(self, q: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...], input_pos: Tensor) -> Tensor:
+        out: Tensor = prefill_attention(q, *new, *old, input_pos, *self.how)
+        return out
+
+    def masked(self, q: Tensor, kv: tuple[Tensor, ...], input_pos: Tensor, key_pos: Tensor) -> Tensor:
+        k, v = kv
+        return masked_attention(q, k, v, input_pos, key_pos, *self.how)
+
+    def rope(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Callable[[], object]:
+        weight, inv_freq = norm_and_frequencies(self.head_dim)
+        args, rest = (q, k, v, weight, weight), (inv_freq, input_pos, 1e-6, True)
+        if len(q) == 1:
+            return partial(qk_norm_rope_cache, *args, *self.cache(2048), *rest)
+        return partial(qk_norm_rope, *args, *rest)
 
 
-LAYERS = (Layer("sliding", 16, 256, 1024), Layer("full", 4, 512, 0))
+@dataclass(frozen=True, slots=True)
+class TiedRows:
+    """Keys and values as rows of one tensor, a quarter of whose dimensions turn."""
+
+    name: str
+    kv_heads: int
+    head_dim: int
+    window: int = 0
+
+    @property
+    def rotated(self) -> int:
+        return self.head_dim // 4
+
+    @property
+    def projected(self) -> int:
+        return self.head_dim
+
+    @property
+    def columns(self) -> int:
+        return self.head_dim + self.rotated
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def cache(self, length: int) -> tuple[Tensor, ...]:
+        return (random(1, self.kv_heads, length, self.columns),)
+
+    def decode(self, q: Tensor, *cache_pos: Tensor) -> Tensor:
+        out: Tensor = tied_decode_attention(q, *cache_pos, self.scale)
+        return out
+
+    def decode_quantize(self, q: Tensor, *cache_pos: Tensor) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = tied_decode_attention_quantize(q, *cache_pos, self.scale)
+        return out
+
+    def decode_reference(self, q: Tensor, *cache_pos: Tensor) -> Tensor:
+        kv, input_pos = cache_pos
+        return tied_decode_attention_reference(q, kv, input_pos, self.scale)
+
+    def prefill(self, q: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...], input_pos: Tensor) -> Tensor:
+        out: Tensor = tied_prefill_attention(q, *new, *old, input_pos, self.scale)
+        return out
+
+    def masked(self, q: Tensor, kv: tuple[Tensor, ...], input_pos: Tensor, key_pos: Tensor) -> Tensor:
+        k, v = keys_and_values(kv[0], self.rotated)
+        return natural_order(masked_attention(q, k, v, input_pos, key_pos, self.scale, 0), self.rotated)
+
+    def rope(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Callable[[], object]:
+        weight, inv_freq = norm_and_frequencies(self.head_dim)
+        args, rest = (q, k, weight, weight), (inv_freq, input_pos, 1e-6)
+        if len(q) == 1:
+            return partial(tied_norm_rope_cache, *args, *self.cache(2048), *rest)
+        return partial(tied_norm_rope, *args, *rest, self.rotated)
+
+
+LAYERS: tuple[Layer, ...] = (
+    TwoTensors("sliding", 16, 256, 1024),
+    TwoTensors("full", 4, 512, 0),
+    TiedRows("tied", 4, 512),
+)
+
+
+def seen(layer: Layer, position: int) -> int:
+    """Keys that the token at `position` attends to."""
+    return min(position + 1, layer.window) if layer.window else position + 1
+
+
+def slots(layer: Layer, length: int) -> int:
+    return 2 * layer.window if layer.window else length
+
+
+def norm_and_frequencies(head_dim: int) -> tuple[Tensor, Tensor]:
+    return torch.rand(head_dim, device="cuda"), torch.rand(head_dim // 2, device="cuda")
 
 
 def random(*shape: int) -> Tensor:
@@ -87,43 +243,38 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def time_decode(layer: Layer, context: int) -> dict[str, float]:
-    keys = layer.seen(context - 1)
-    nbytes = 2 * 2 * keys * layer.kv_heads * layer.head_dim
+    nbytes = 2 * seen(layer, context - 1) * layer.kv_heads * layer.columns
     q, input_pos = random(1, Q_HEADS, 1, layer.head_dim), positions(context - 1, 1)
-    caches = [layer.cache(context) for _ in range(math.ceil(ROTATED_BYTES / nbytes) + 1)]
-    scale = layer.head_dim**-0.5
-    out = decode_attention(q, *caches[0], input_pos, scale, layer.window)
-    check(out, decode_attention_reference(q, *caches[0], input_pos, scale, layer.window), f"decode {layer.name}")
-    us = microseconds([partial(decode_attention, q, k, v, input_pos, scale, layer.window) for k, v in caches])
-    return {"us": us, "kv_bytes": nbytes, "tb_per_s": nbytes / us / 1e6}
+    caches = [layer.cache(slots(layer, context)) for _ in range(math.ceil(ROTATED_BYTES / nbytes) + 1)]
+    expected = layer.decode_reference(q, *caches[0], input_pos)
+    check(layer.decode(q, *caches[0], input_pos), expected, f"decode {layer.name}")
+    rows = dequantize_activations(*layer.decode_quantize(q, *caches[0], input_pos)[:2])
+    check(rows, head_rows(expected), f"decode and quantize {layer.name}")
+    us = microseconds([partial(layer.decode, q, *cache, input_pos) for cache in caches])
+    quantize_us = microseconds([partial(layer.decode_quantize, q, *cache, input_pos) for cache in caches])
+    return {"us": us, "quantize_us": quantize_us, "kv_bytes": nbytes, "tb_per_s": nbytes / us / 1e6}
 
 
 def time_prefill(layer: Layer, context: int) -> dict[str, float]:
-    q, k, v = (random(1, heads, CHUNK, layer.head_dim) for heads in (Q_HEADS, layer.kv_heads, layer.kv_heads))
-    caches, input_pos, scale = layer.cache(context + CHUNK), positions(context, CHUNK), layer.head_dim**-0.5
-    call = partial(prefill_attention, q, k, v, *caches, input_pos, scale, layer.window)
+    q, new = random(1, Q_HEADS, CHUNK, layer.head_dim), layer.cache(CHUNK)
+    old, input_pos = layer.cache(slots(layer, context + CHUNK)), positions(context, CHUNK)
+    call = partial(layer.prefill, q, new, old, input_pos)
     last = slice(CHUNK - 64, CHUNK)  # rows that see the whole chunk; the reference for all would not fit
-    key_pos = torch.cat((slot_positions(input_pos[0] - 1, caches[0].shape[2]), input_pos))
-    keys, values = (torch.cat((cache, new), 2) for cache, new in zip(caches, (k, v), strict=True))
-    expected = masked_attention(q[:, :, last], keys, values, input_pos[last], key_pos, scale, layer.window)
+    key_pos = torch.cat((slot_positions(input_pos[0] - 1, old[0].shape[2]), input_pos))
+    both = tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
+    expected = layer.masked(q[:, :, last], both, input_pos[last], key_pos)
     check(call()[:, :, last], expected, f"prefill {layer.name}")
     us = microseconds([call])
-    flop = 4 * Q_HEADS * layer.head_dim * sum(layer.seen(context + t) for t in range(CHUNK))
+    flop = 4 * Q_HEADS * layer.head_dim * sum(seen(layer, context + t) for t in range(CHUNK))
     return {"us": us, "tflop": flop / 1e12, "tflop_per_s": flop / us / 1e6}
 
 
 def time_rope(layer: Layer, tokens: int) -> dict[str, float]:
-    dim = layer.head_dim
-    qkv, input_pos = random(tokens, (Q_HEADS + 2 * layer.kv_heads) * dim), positions(1000, tokens)
-    q, k, v = qkv.split([Q_HEADS * dim, layer.kv_heads * dim, layer.kv_heads * dim], 1)
-    weight, inv_freq = torch.rand(dim, device="cuda"), torch.rand(dim // 2, device="cuda")
-    caches = layer.cache(2048)
-    if tokens == 1:
-        call = partial(qk_norm_rope_cache, q, k, v, weight, weight, *caches, inv_freq, input_pos, eps=1e-6, v_norm=True)
-    else:
-        call = partial(qk_norm_rope, q, k, v, weight, weight, inv_freq, input_pos, eps=1e-6, v_norm=True)
-    us = microseconds([call] * 8)
-    return {"us": us, "moved_bytes": 2 * qkv.nbytes, "tb_per_s": 2 * qkv.nbytes / us / 1e6}
+    sizes = [heads * layer.head_dim for heads in (Q_HEADS, layer.kv_heads, layer.kv_heads)]
+    q, k, v = random(tokens, sum(sizes)).split(sizes, 1)
+    us = microseconds([layer.rope(q, k, v, positions(1000, tokens))] * 8)
+    moved = 2 * (2 * q.numel() + tokens * layer.kv_heads * (layer.projected + layer.columns))
+    return {"us": us, "moved_bytes": moved, "tb_per_s": moved / us / 1e6}
 
 
 def main() -> None:
