@@ -19,7 +19,7 @@ from gemma4.quant.errors import MissingTensorError, ShapeError, UnexpectedTensor
 from gemma4.quant.formats import container_for
 from gemma4.quant.ggml_types import row_bytes
 from gemma4.quant.gguf_file import GGUFFile
-from gemma4.quant.linear import PackedWeight
+from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
 
 SLICE_BYTES = 32 << 20
@@ -145,3 +145,4 @@ def _unpack_on_gpu(slices: list[_Slice], file: GGUFFile, device: torch.device, p
     with ThreadPoolExecutor(GPU_WORKERS) as pool:
         for _ in pool.map(move, slices):
             pass
+    torch.cuda.empty_cache()  # what PyTorch keeps for the workers' streams would serve no other
