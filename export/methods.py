@@ -60,7 +60,7 @@ class Method(nn.Module):
         self.with_logits = with_logits
         self.suppress_ids = tuple(suppress_ids)
         self.max_tokens = 1 if name is MethodName.DECODE else cache.chunk_size
-        self._rows = model.rows_for(1) if name is MethodName.DECODE else DenseRows(model.dtype)
+        self._rows = model.rows_for(1) if name is MethodName.DECODE else DenseRows(model.dtype, is_open=True)
         self._kv_cache = cache
         self.cache = nn.Module()
         for i, layer in cache.own.items():

@@ -16,6 +16,7 @@ from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_i
 from gemma4.checkpoint import load_model, save_model
 from gemma4.config import Gemma4Config
 from gemma4.generate import check_ids, check_room, generate_tokens, prefill
+from gemma4.hf_checkpoint import HFCheckpoint
 from gemma4.mapping import PER_LAYER_TABLE, plan_load
 from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, check_fits
 from gemma4.model import TextModel
@@ -24,9 +25,10 @@ from gemma4.quant.errors import ContextError
 from gemma4.quant.formats import QuantTensor
 from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.gguf_file import GGUFFile
-from gemma4.quant.linear import PackedWeight
 from gemma4.quant.loader import load_weights
+from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadPlan
+from gemma4.quant.weight_file import WeightFile
 from gemma4.sampling import SamplingParams
 from gemma4.session import SessionPool
 from gemma4.text_stream import stream_text
@@ -81,22 +83,53 @@ class Gemma4:
         """
         device, dtype = _placement(device, dtype)
         with GGUFFile.open(path) as file:
-            config = Gemma4Config.from_gguf(file)
-            plan = plan_load(file, config, fuse=fuse)
-            for fusion in plan.fusions:
-                logger.info("%s", fusion)
-            if dequantize:
-                plan = plan.dense(_DENSE_TYPES[dtype])
-            if per_layer_table == "host":
-                plan = plan.with_host_memory(PER_LAYER_TABLE)
-            max_seq_len = min(max_seq_len, config.context_length)
-            if device.type == "cuda":
-                memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
-                check_fits(memory, max_seq_len, available_gpu_bytes(device), file.path)
-            model = TextModel(config, plan, dtype, device)
-            with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
-                load_weights(model, plan, file, device, progress)
-            return cls(model.eval(), plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
+            return cls._load(file, device, dtype, max_seq_len, fuse, dequantize, per_layer_table)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_seq_len: int = 4096,
+        per_layer_table: Literal["device", "host"] = "device",
+    ) -> Gemma4:
+        """Opens a directory with a Hugging Face Gemma 4 checkpoint (`config.json`, `model*.safetensors`, tokenizer).
+
+        Weights are kept as they are stored: bfloat16, float16 or float32. Arguments and errors as `from_gguf`.
+        """
+        device, dtype = _placement(device, dtype)
+        with HFCheckpoint.open(path) as file:
+            return cls._load(file, device, dtype, max_seq_len, False, False, per_layer_table)
+
+    @classmethod
+    def _load(
+        cls,
+        file: WeightFile,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_seq_len: int,
+        fuse: bool,
+        dequantize: bool,
+        per_layer_table: Literal["device", "host"],
+    ) -> Gemma4:
+        config = Gemma4Config.from_gguf(file)
+        plan = plan_load(file, config, fuse=fuse)
+        for fusion in plan.fusions:
+            logger.info("%s", fusion)
+        if dequantize:
+            plan = plan.dense(_DENSE_TYPES[dtype])
+        if per_layer_table == "host":
+            plan = plan.with_host_memory(PER_LAYER_TABLE)
+        max_seq_len = min(max_seq_len, config.context_length)
+        if device.type == "cuda":
+            memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
+            check_fits(memory, max_seq_len, available_gpu_bytes(device), file.path)
+        model = TextModel(config, plan, dtype, device)
+        with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
+            load_weights(model, plan, file, device, progress)
+        return cls(model.eval(), plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
 
     @classmethod
     def from_packed(

@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from gemma4.config import Gemma4Config, LayerConfig, LayerKind
 from gemma4.kernels.decode_attention import MAX_TOKENS
@@ -121,7 +120,7 @@ class LayerCache:
         q_weight, k_weight, inv_freq, eps, has_v_norm = heads
         assert k is not None, "a layer with its own cache projects keys"
         assert k_weight is not None, "and normalises them"
-        if self._takes(q.shape[0]):
+        if not make.is_open and self._takes(q.shape[0]):
             queries = qk_norm_rope_cache(
                 q, k, v, q_weight, k_weight, self.k, self.v, inv_freq, input_pos, eps, has_v_norm
             )
@@ -134,9 +133,9 @@ class LayerCache:
         return make.heads(out)
 
     def _takes(self, tokens: int) -> bool:
-        """Whether so many tokens may be written before they attend; an open number may not."""
+        """Whether so many tokens may be written before they attend."""
         has_room = self.window == 0 or self.k.shape[2] >= self.window + MAX_TOKENS - 1
-        return bool(guard_or_false(tokens <= (MAX_TOKENS if has_room else 1)))
+        return tokens <= (MAX_TOKENS if has_room else 1)
 
     def commit(self, input_pos: Tensor) -> None:
         if self.chunk is not None:
@@ -180,7 +179,7 @@ class TiedCache:
         assert k_weight is not None, "and normalises them"
         assert v is None, "its values are the raw keys"
         assert has_v_norm, "normalised"
-        if guard_or_false(q.shape[0] <= MAX_TOKENS):
+        if not make.is_open and q.shape[0] <= MAX_TOKENS:
             queries = tied_norm_rope_cache(q, k, q_weight, k_weight, self.kv, inv_freq, input_pos, eps)
             return make.tied_decode_attention(queries, self.kv, input_pos, scale)
         queries, rows = tied_norm_rope(q, k, q_weight, k_weight, inv_freq, input_pos, eps, self.rotated)

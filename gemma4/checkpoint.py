@@ -21,8 +21,8 @@ from gemma4.quant.dense import F32Tensor
 from gemma4.quant.errors import MetadataError, MissingTensorError, ShapeError, UnexpectedTensorError
 from gemma4.quant.formats import QuantTensor
 from gemma4.quant.ggml_types import GGMLType
-from gemma4.quant.linear import PackedWeight
 from gemma4.quant.packed_io import load_packed, save_packed
+from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadPlan
 
 _CONFIG: Final = "gemma4.config"

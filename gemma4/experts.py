@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gemma4.kernels.gelu_mul import gelu_mul_reference
 from gemma4.kernels.packed_matvec import MAX_ROWS
-from gemma4.quant.linear import Linear, PackedWeight, packed_linear
+from gemma4.quant.linear import Linear, packed_linear
+from gemma4.quant.packed_weight import PackedWeight
 
 
 class Router(nn.Module):

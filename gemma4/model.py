@@ -21,7 +21,8 @@ from gemma4.experts import Experts, Router
 from gemma4.kernels.fused_norm import rms_norm_reference
 from gemma4.kernels.packed_matvec import MAX_ROWS
 from gemma4.quant.errors import MissingTensorError
-from gemma4.quant.linear import MATVEC_OPS, Embedding, Linear, PackedWeight, Rows
+from gemma4.quant.linear import MATVEC_OPS, Embedding, Linear, Rows
+from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
 from gemma4.rope import inverse_frequencies
 from gemma4.rows import DenseRows, PackedRows, RMSNorm, RowMaker, closed

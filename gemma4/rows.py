@@ -30,7 +30,12 @@ class RMSNorm(nn.Module):
 
 
 class RowMaker(Protocol):
-    """Makes the input of the next matrix product. h: float32 [M, H], the residual stream; y: [M, H], a branch."""
+    """Makes the input of the next matrix product. h: float32 [M, H], the residual stream; y: [M, H], a branch.
+
+    is_open: M is open, as in an exported prefill: nothing may be chosen by it, and attention takes the rows as a chunk.
+    """
+
+    is_open: bool
 
     def plain(self, x: Tensor) -> Rows:
         """x [M, K] as it is."""
@@ -59,8 +64,9 @@ class RowMaker(Protocol):
 class DenseRows:
     """Rows as one tensor of `dtype`."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, is_open: bool = False) -> None:
         self.dtype = dtype
+        self.is_open = is_open
 
     def plain(self, x: Tensor) -> Rows:
         return (x.to(self.dtype),)
@@ -89,6 +95,8 @@ class DenseRows:
 
 class PackedRows:
     """Rows as int8 planes with scales and sums (`gemma4.kernels.activations`)."""
+
+    is_open = False
 
     def plain(self, x: Tensor) -> Rows:
         rows: Rows = quantize_activations(x)

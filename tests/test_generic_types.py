@@ -22,7 +22,8 @@ from gemma4.inspect_file import inspect_file
 from gemma4.quant import codebooks
 from gemma4.quant.formats import IQ2STensor, IQ4XSTensor, container_for
 from gemma4.quant.ggml_types import GGMLType
-from gemma4.quant.linear import PackedWeight, decoded_linear
+from gemma4.quant.linear import decoded_linear
+from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import KERNEL_TYPES, LOADABLE_TYPES
 from tests import q8_k_blocks
 from tests.tiny_gguf import Model, Sizes, gemma4

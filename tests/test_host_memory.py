@@ -13,7 +13,7 @@ from gemma4.mapping import PER_LAYER_TABLE, plan_load
 from gemma4.memory_plan import MemoryModel, weight_planes
 from gemma4.model import TextModel
 from gemma4.quant.gguf_file import GGUFFile
-from gemma4.quant.linear import PackedWeight
+from gemma4.quant.packed_weight import PackedWeight
 from tests.family_gguf import with_per_layer_inputs
 from tests.tiny_gguf import Sizes
 
