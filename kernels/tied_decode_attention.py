@@ -157,10 +157,11 @@ def _tied_split_kernel(
         v1 = _load_tile(base + 2 * R, keys, offs, key_mask, R, TILE)
         v2 = _load_tile(base + 3 * R, keys, offs, key_mask, R, TILE)
         v3 = _load_tile(base + 4 * R, keys, offs, key_mask, R, TILE)
-        scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
-        scores = tl.dot(q1, tl.trans(v1), scores, input_precision="ieee")
-        scores = tl.dot(q2, tl.trans(v2), scores, input_precision="ieee")
-        scores = tl.dot(q3, tl.trans(v3), scores, input_precision="ieee") * scale_log2
+        # Scaled before they are added, or the compiler makes one chain of them, each link of which waits.
+        scores = tl.dot(q0, tl.trans(k), input_precision="ieee") * scale_log2
+        scores += tl.dot(q1, tl.trans(v1), input_precision="ieee") * scale_log2
+        scores += tl.dot(q2, tl.trans(v2), input_precision="ieee") * scale_log2
+        scores += tl.dot(q3, tl.trans(v3), input_precision="ieee") * scale_log2
         seen = key_mask[None, :] & (key_pos[None, :] <= row_pos[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         weights, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum)
