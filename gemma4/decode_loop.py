@@ -8,13 +8,16 @@ eagerly. The host reads tokens one step behind the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gemma4.cache import KVCache
-from gemma4.model import TextModel
 from gemma4.sampling import SamplingParams, sample
+
+if TYPE_CHECKING:
+    from gemma4.cache import KVCache
+    from gemma4.model import TextModel
 
 _WARM_UP_STEPS = 2
 

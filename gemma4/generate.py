@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gemma4.cache import KVCache
-from gemma4.model import TextModel
 from gemma4.quant.errors import ContextError
-from gemma4.session import Session
+
+if TYPE_CHECKING:
+    from gemma4.cache import KVCache
+    from gemma4.model import TextModel
+    from gemma4.session import Session
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
