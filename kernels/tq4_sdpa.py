@@ -1,0 +1,135 @@
+"""Attention over a TurboQuant cache, decompressed tile by tile inside the loop over keys.
+
+    out[h, t] = softmax_j(scale * q[h, t] . k_j) v_j,   0 <= j <= input_pos[t],   k_j, v_j of KV head h // G
+
+q [1, Hq, T, D] and the result are in the model's basis and dtype, input_pos [T] int64 is consecutive, and keys and
+values of these positions are in the cache already (`gemma4::tq4_write`), so a chunk of a prompt sees of itself what
+later tokens will see of it. Codes and scales are those of `gemma4.kernels.turboquant`. Where k_weight [D] is given, the
+values serve as keys, too: k_codes hold the dimensions that rotary embedding turns (`gemma4.kernels.tq4_rotation`).
+
+Codes stay in their rotated basis: queries are rotated once, the result is rotated back once, and the scale of a vector
+multiplies its scores, or its weights. The loops end at input_pos, read on the device: a step costs what its context
+does. Up to MAX_TOKENS tokens run as split-K decoding (`tq4_decode`), more as `tq4_prefill`; both keep the G heads that
+share a KV head in one tile. Products are float16 with float32 sums whatever the dtype of q.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import triton_op
+
+from gemma4.kernels.decode_attention import MAX_TOKENS
+from gemma4.kernels.tq4_decode import tq4_decode
+from gemma4.kernels.tq4_prefill import tq4_prefill
+from gemma4.kernels.tq4_rotation import launch_rotate_queries, rotate_queries_reference
+from gemma4.kernels.tq4_write import check_codes, code_widths
+from gemma4.kernels.turboquant import decode, rotate_back
+
+
+def tq4_sdpa_reference(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    k_weight: Tensor | None,
+    input_pos: Tensor,
+    scale: float,
+) -> Tensor:
+    """The definition, over every slot of the cache: no value of `input_pos` is read on the host."""
+    head_dim, tokens = int(q.shape[3]), q.shape[2]
+    _, turned = code_widths(head_dim, k_codes, v_codes)
+    slots = torch.arange(k_scale.shape[2], device=q.device)
+    written = slots <= input_pos[-1]
+    values = decode(v_codes, torch.where(written, v_scale, 0.0), head_dim)
+    keys = decode(k_codes, torch.where(written, k_scale, 0.0), turned)
+    if k_weight is not None:
+        keys = torch.cat((keys, values), -1)
+    queries = rotate_queries_reference(q, k_weight, turned).float()
+    rows = queries.view(1, k_codes.shape[1], -1, queries.shape[3])
+    seen = (slots <= input_pos[:, None]).repeat(rows.shape[2] // tokens, 1)
+    weights = torch.softmax((rows @ keys.mT * scale).masked_fill(~seen, float("-inf")), -1)
+    return rotate_back(weights @ values).reshape(q.shape).to(q.dtype)
+
+
+def _check(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    k_weight: Tensor | None,
+    input_pos: Tensor,
+) -> None:
+    if q.dim() != 4 or q.shape[0] != 1 or q.stride(3) != 1:
+        raise ValueError(f"q must be [1, Hq, T, D], contiguous along D, got {list(q.shape)} strides {q.stride()}")
+    head_dim, kv_heads = int(q.shape[3]), int(k_codes.shape[1])
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"{q.shape[1]} query heads do not share {kv_heads} KV heads")
+    check_codes(head_dim, kv_heads, k_codes, k_scale, v_codes, v_scale)
+    if (k_weight is None) != (k_codes.shape == v_codes.shape):
+        raise ValueError("k_weight must be given where, and only where, k_codes are narrower than v_codes")
+    if k_weight is not None and (k_weight.shape != (head_dim,) or k_weight.dtype != torch.float32):
+        raise ValueError(f"k_weight must be float32 [{head_dim}], got {k_weight.dtype} {list(k_weight.shape)}")
+    if input_pos.dim() != 1 or input_pos.shape[0] != q.shape[2] or input_pos.dtype != torch.int64:
+        raise ValueError(f"input_pos must be int64 [{q.shape[2]}], got {input_pos.dtype} {list(input_pos.shape)}")
+
+
+@triton_op("gemma4::tq4_sdpa", mutates_args={})
+def tq4_sdpa(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    k_weight: Tensor | None,
+    input_pos: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attend from q [1, Hq, T, D] to a TurboQuant cache that holds these tokens already; returns q's shape and dtype.
+
+    Raises ValueError on shapes, dtypes or strides that do not fit. Positions are not checked: they stay on the device.
+    """
+    _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
+    if q.device.type == "cpu":
+        return tq4_sdpa_reference(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos, scale)
+    _, turned = code_widths(int(q.shape[3]), k_codes, v_codes)
+    queries = launch_rotate_queries(q, k_weight, turned)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    attend = tq4_decode if guard_or_false(q.shape[2] <= MAX_TOKENS) else tq4_prefill
+    attend(queries, k_codes, k_scale, v_codes, v_scale, input_pos, scale, out)
+    return out
+
+
+@tq4_sdpa.register_fake
+def _(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    k_weight: Tensor | None,
+    input_pos: Tensor,
+    scale: float,
+) -> Tensor:
+    _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@tq4_sdpa.register_kernel("cpu")
+def _(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    k_weight: Tensor | None,
+    input_pos: Tensor,
+    scale: float,
+) -> Tensor:
+    _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
+    end = int(input_pos[-1]) + 1
+    codes, scales = (k_codes[:, :, :end], v_codes[:, :, :end]), (k_scale[:, :, :end], v_scale[:, :, :end])
+    return tq4_sdpa_reference(q, codes[0], scales[0], codes[1], scales[1], k_weight, input_pos, scale)

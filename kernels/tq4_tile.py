@@ -1,0 +1,147 @@
+"""Tiles of TurboQuant codes inside a kernel: 4 or 6 bit codes in, float16 levels out, ready for a tensor core.
+
+A level is u * ((u^2 + p)^2 + q), u = (2 * code + 1 - n) / n with n = 2^bits (`gemma4.kernels.turboquant`, which has the
+layout; the gain is in the scale of the vector). Two codes at a time: their bits are put into the mantissas of a pair of
+float16 of exponent 2^10, one multiply-add makes u of that exactly, three more instructions make the level. p and q come
+as pairs of float16, bits in an int. Inline PTX does not run in Triton's interpreter, which takes the portable branch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gemma4.kernels.dp4a import INTERPRETED
+from gemma4.kernels.turboquant import codebook
+
+
+def curve_bits(dim: int, bits: int) -> tuple[int, int]:
+    """p and q of a codebook, each as the bits of two equal float16."""
+    book = codebook(dim, bits)
+    p, q = torch.tensor([book.p, book.q]).half().view(torch.int16).tolist()
+    return (p & 0xFFFF) * 0x10001, (q & 0xFFFF) * 0x10001
+
+
+def _half2(value: float) -> str:
+    (bits,) = torch.tensor([value]).half().view(torch.int16).tolist()
+    return hex((bits & 0xFFFF) * 0x10001)
+
+
+def _shifted(source: str, left: int) -> str:
+    """An instruction that leaves `source`, moved left (right where negative), in `s`; and the name to read."""
+    return f"{'shl' if left > 0 else 'shr'}.b32 s, {source}, {abs(left)}; " if left else f"mov.b32 s, {source}; "
+
+
+def _level(out: int, code: str, code_left: int, fine: int | None, place: int, bits: int) -> str:
+    """PTX of one pair: nibbles of `code` and, with 6 bits, two bits of $10, both moved, to bit `place` of each half."""
+    coarse = 0xF << (place + bits - 4)
+    text = _shifted(code, code_left) + f"lop3.b32 t, s, {hex(coarse * 0x10001)}, 0x64006400, 0xEA; "
+    if fine is not None:
+        text += _shifted("$10", fine) + f"lop3.b32 t, s, {hex((3 << place) * 0x10001)}, t, 0xEA; "
+    n = 2**bits
+    factor = 2 / (n << place)
+    text += f"mov.b32 a, {_half2(factor)}; mov.b32 b, {_half2((1 - n) / n - 1024 * factor)}; "
+    text += "fma.rn.f16x2 u, t, a, b; fma.rn.f16x2 w, u, u, p; fma.rn.f16x2 w, w, w, q; "
+    return text + f"mul.rn.f16x2 ${out}, u, w; "
+
+
+def _body(bits: int) -> str:
+    """PTX of the 16 levels in four bytes of the first half ($8), of the second ($9) and, with 6 bits, of the rest."""
+    text = ""
+    for odd in range(2):  # bytes 0 and 2, then 1 and 3
+        down = 8 * odd
+        pairs: list[tuple[str, int, int | None, int]]
+        if bits == 4:
+            pairs = [("$8", 4, None, 4), ("$9", 4, None, 4), ("$8", 0, None, 4), ("$9", 0, None, 4)]
+        else:
+            pairs = [("$8", 4, 2, 2), ("$9", 6, 0, 4), ("$8", 0, 0, 2), ("$9", 0, -4, 2)]
+        for quarter, (code, left, fine, place) in enumerate(pairs):
+            moved = None if fine is None else fine - down
+            text += _level(2 * quarter + odd, code, left - down, moved, place, bits)
+    return text + "}"
+
+
+_HEAD = tl.constexpr("{ .reg .b32 a, b, p, q, s, t, u, w; ")
+_BODY_4 = tl.constexpr(_body(4))
+_BODY_6 = tl.constexpr(_body(6))
+
+
+@triton.jit
+def _half(bits: tl.constexpr):
+    """float16 [1] of the low 16 bits."""
+    return tl.full((1,), bits & 0xFFFF, tl.int32).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def level(code, BITS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    """float16 levels of int codes, in plain arithmetic."""
+    n: tl.constexpr = 2**BITS
+    u = ((2 * code + 1 - n).to(tl.float32) / n).to(tl.float16)
+    w = u * u + _half(P)
+    return u * (w * w + _half(Q))
+
+
+@triton.jit
+def exchanged(x, N: tl.constexpr, WIDTH: tl.constexpr):
+    """x [N, WIDTH] with columns 1 and 2 of each four exchanged."""
+    return tl.reshape(tl.permute(tl.reshape(x, (N, WIDTH // 4, 2, 2)), (0, 1, 3, 2)), (N, WIDTH))
+
+
+@triton.jit
+def load_quarters(rows, mask, D: tl.constexpr):
+    """Quarters of float16 vectors [D] at the pointers `rows` [N, 1] or [1, N]: [N, D / 4] or [D / 4, N] each."""
+    offs = tl.arange(0, D // 4)
+    at = rows + (offs[:, None] if rows.shape[0] == 1 else offs[None, :])
+    x0 = tl.load(at, mask=mask, other=0.0)
+    x1 = tl.load(at + D // 4, mask=mask, other=0.0)
+    x2 = tl.load(at + D // 2, mask=mask, other=0.0)
+    x3 = tl.load(at + 3 * D // 4, mask=mask, other=0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def load_levels(
+    ptr,  # uint8, row 0 of the codes
+    rows,  # [N] int64
+    mask,  # [N]
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BITS: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Quarters 0 to 3, float16 [N, D / 4] each, of the vectors in `rows`; of masked ones, some level."""
+    WIDTH: tl.constexpr = D // 4
+    at = ptr + rows[:, None] * (D * BITS // 8) + tl.arange(0, WIDTH)[None, :]
+    a = tl.load(at, mask=mask[:, None], other=0)
+    b = tl.load(at + WIDTH, mask=mask[:, None], other=0)
+    fine = a
+    if BITS == 6:
+        fine = tl.load(at + 2 * WIDTH, mask=mask[:, None], other=0)
+    if INTERPRETED:
+        a = exchanged(a, N, WIDTH).to(tl.int32)
+        b = exchanged(b, N, WIDTH).to(tl.int32)
+        codes = (a & 15, b & 15, a >> 4, b >> 4)
+        if BITS == 6:
+            fine = exchanged(fine, N, WIDTH).to(tl.int32)
+            codes = (
+                codes[0] * 4 + (fine & 3),
+                codes[1] * 4 + (fine >> 4 & 3),
+                codes[2] * 4 + (fine >> 2 & 3),
+                codes[3] * 4 + (fine >> 6),
+            )
+        x0 = level(codes[0], BITS, P, Q)
+        x1 = level(codes[1], BITS, P, Q)
+        x2 = level(codes[2], BITS, P, Q)
+        x3 = level(codes[3], BITS, P, Q)
+    else:
+        x0, x1, x2, x3 = tl.inline_asm_elementwise(
+            _HEAD + f"mov.b32 p, {P}; mov.b32 q, {Q}; " + (_BODY_4 if BITS == 4 else _BODY_6),
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [a, b, fine],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=False,
+            pack=4,
+        )
+    return x0, x1, x2, x3
