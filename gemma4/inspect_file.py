@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gemma4.config import Gemma4Config
+from gemma4.drafter_config import DRAFTER_ARCHITECTURES, DrafterConfig, plan_drafter
 from gemma4.mapping import plan_load
 from gemma4.quant.errors import Gemma4Error
 from gemma4.quant.ggml_types import GGMLType
@@ -140,8 +141,12 @@ def inspect_file(path: str | Path) -> FileReport:
     unsupported: Gemma4Error | None = None
     with GGUFFile.open(path) as file:
         try:
-            config = Gemma4Config.from_gguf(file)
-            plan = plan_load(file, config)
+            if file.metadata.get("general.architecture") in DRAFTER_ARCHITECTURES:
+                drafter = DrafterConfig.from_gguf(file)
+                config, plan = drafter, plan_drafter(file, drafter)
+            else:
+                config = Gemma4Config.from_gguf(file)
+                plan = plan_load(file, config)
         except Gemma4Error as error:
             unsupported = error
         return FileReport(

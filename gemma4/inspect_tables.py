@@ -11,7 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gemma4.config import Gemma4Config, LayerConfig, LayerKind
+from gemma4.config import TARGET, Gemma4Config, LayerConfig, LayerKind
+from gemma4.drafter_config import DrafterConfig
 from gemma4.inspect_file import MAX_LISTED, FileReport, element_type
 from gemma4.printable import printable
 from gemma4.quant.gguf_file import MetadataValue
@@ -58,6 +59,8 @@ def _summary(report: FileReport) -> Iterable[tuple[str, str]]:
 
 
 def _config(config: Gemma4Config) -> Iterable[tuple[str, str]]:
+    if isinstance(config, DrafterConfig):
+        yield "drafts for", f"a gemma4 model of hidden size {config.backbone_hidden_size}, with which it is loaded"
     yield "hidden size", str(config.hidden_size)
     yield "vocabulary", f"{config.vocab_size:,}"
     yield "context", f"{config.context_length:,} tokens"
@@ -86,11 +89,13 @@ def _shapes(layers: list[LayerConfig]) -> str:
     kv_heads = _distinct(layer.num_key_value_heads for layer in layers)
     sizes = _distinct(layer.head_dim for layer in layers)
     k_eq_v = sum(layer.k_eq_v for layer in layers)
-    shared = sum(layer.kv_source is not None for layer in layers)
+    of_target = sum(layer.kv_source == TARGET for layer in layers)
+    shared = sum(layer.kv_source is not None for layer in layers) - of_target
     return (
         f"{heads} heads, {kv_heads} KV heads, head size {sizes}"
         + (f", K = V on {k_eq_v}" if k_eq_v else "")
         + (f", {shared} read another layer's KV" if shared else "")
+        + (f", {of_target} read the target's KV" if of_target else "")
     )
 
 
