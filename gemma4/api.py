@@ -31,6 +31,7 @@ from gemma4.quant.plan import LoadPlan
 from gemma4.quant.weight_file import WeightFile
 from gemma4.sampling import SamplingParams
 from gemma4.session import SessionPool
+from gemma4.speculate import NUM_DRAFT_TOKENS, Draft, Speculation, SpeculativeLoop, check_draft, speculate_tokens
 from gemma4.text_stream import stream_text
 from gemma4.tokenizer import Tokenizer, tokenizer_from_metadata
 
@@ -58,6 +59,8 @@ class Gemma4:
         self.max_seq_len = max_seq_len
         self.sampling = SamplingParams.from_metadata(metadata, path)
         self._sessions = SessionPool(model, max_seq_len)
+        self._speculative_loop: SpeculativeLoop | None = None
+        self.last_speculation: Speculation | None = None  # of the last generation with a draft; counts while it runs
 
     @classmethod
     def from_gguf(
@@ -149,6 +152,7 @@ class Gemma4:
     def forget(self) -> None:
         """Drops the keys and values of the last generation, and the memory they take."""
         self._sessions.clear()
+        self._speculative_loop = None
 
     def save_packed(self, path: str | Path) -> None:
         """Writes the model as one safetensors file, weights packed as they are; an existing file is replaced whole."""
@@ -207,13 +211,24 @@ class Gemma4:
         *,
         seed: int = 0,
         eog_ids: frozenset[int] | None = None,
+        draft: Draft | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
         **sampling: float | None,
     ) -> list[int]:
         """The ids that follow `ids`, new ones only; an end-of-generation id ends them and is included.
 
         eog_ids: where to stop; by default the tokenizer's, none for a file without a tokenizer.
         """
-        new_ids = self.stream_ids(ids, max_new_tokens, seed=seed, eog_ids=eog_ids, temperature=temperature, **sampling)
+        new_ids = self.stream_ids(
+            ids,
+            max_new_tokens,
+            seed=seed,
+            eog_ids=eog_ids,
+            draft=draft,
+            num_draft_tokens=num_draft_tokens,
+            temperature=temperature,
+            **sampling,
+        )
         return list(new_ids)
 
     def stream_ids(
@@ -223,6 +238,8 @@ class Gemma4:
         *,
         seed: int = 0,
         eog_ids: frozenset[int] | None = None,
+        draft: Draft | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
         **sampling: float | None,
     ) -> Iterator[int]:
         """The ids of `generate_ids` one by one, sampled by the settings of `generate`. Raises ContextError at once.
@@ -233,7 +250,10 @@ class Gemma4:
         check_ids(ids, self.config.vocab_size)
         check_room(len(ids), max_new_tokens, self.max_seq_len)
         eog_ids = own_eog_ids if eog_ids is None else eog_ids
-        return self._run(ids, max_new_tokens, seed, eog_ids, self.sampling.override(**sampling), suppress_ids)
+        if draft is not None:
+            check_draft(self.model, draft, num_draft_tokens)
+        params = self.sampling.override(**sampling)
+        return self._run(ids, max_new_tokens, seed, eog_ids, params, suppress_ids, draft, num_draft_tokens)
 
     @overload
     def generate(
@@ -244,6 +264,8 @@ class Gemma4:
         stream: Literal[False] = ...,
         seed: int = ...,
         stop: str | Sequence[str] = ...,
+        draft: Draft | None = ...,
+        num_draft_tokens: int = ...,
         **sampling: float | None,
     ) -> str: ...
     @overload
@@ -255,6 +277,8 @@ class Gemma4:
         stream: Literal[True],
         seed: int = ...,
         stop: str | Sequence[str] = ...,
+        draft: Draft | None = ...,
+        num_draft_tokens: int = ...,
         **sampling: float | None,
     ) -> Iterator[str]: ...
     def generate(
@@ -265,6 +289,8 @@ class Gemma4:
         stream: bool = False,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        draft: Draft | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
         **sampling: float | None,
     ) -> str | Iterator[str]:
         """Text that continues `prompt`; with stream=True an iterator of pieces of it.
@@ -272,9 +298,13 @@ class Gemma4:
         prompt: text, in which control tokens are plain text, or token ids. stop: strings that end the text and are not
         part of it. sampling: temperature, top_k, top_p, min_p; what is left out or None comes from the file
         (`general.sampling.*`). Equal seeds, equal text. Raises ContextError where it would not fit in `max_seq_len`.
+        draft: a `gemma4.drafter.Drafter` that guesses num_draft_tokens tokens ahead, of which one pass checks all; the
+        text stays the same where temperature is 0, its distribution otherwise. `last_speculation` says how many held.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        new_ids = self.stream_ids(ids, max_new_tokens, seed=seed, eog_ids=None, **sampling)
+        new_ids = self.stream_ids(
+            ids, max_new_tokens, seed=seed, eog_ids=None, draft=draft, num_draft_tokens=num_draft_tokens, **sampling
+        )
         pieces = stream_text(new_ids, self.tokenizer, (stop,) if isinstance(stop, str) else stop)
         return pieces if stream else "".join(pieces)
 
@@ -289,6 +319,8 @@ class Gemma4:
         enable_thinking: bool = ...,
         seed: int = ...,
         stop: str | Sequence[str] = ...,
+        draft: Draft | None = ...,
+        num_draft_tokens: int = ...,
         **sampling: float | None,
     ) -> str: ...
     @overload
@@ -302,6 +334,8 @@ class Gemma4:
         enable_thinking: bool = ...,
         seed: int = ...,
         stop: str | Sequence[str] = ...,
+        draft: Draft | None = ...,
+        num_draft_tokens: int = ...,
         **sampling: float | None,
     ) -> Iterator[str]: ...
     def chat(
@@ -314,6 +348,8 @@ class Gemma4:
         enable_thinking: bool = False,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        draft: Draft | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
         **sampling: float | None,
     ) -> str | Iterator[str]:
         """The model's answer to a conversation; options as those of `generate`.
@@ -323,7 +359,16 @@ class Gemma4:
         """
         template, thinking = self.chat_template, enable_thinking
         ids = render_chat_ids(template, self.tokenizer, messages, tools=tools, enable_thinking=thinking)
-        pieces = self.generate(ids, max_new_tokens, stream=True, seed=seed, stop=stop, **sampling)
+        pieces = self.generate(
+            ids,
+            max_new_tokens,
+            stream=True,
+            seed=seed,
+            stop=stop,
+            draft=draft,
+            num_draft_tokens=num_draft_tokens,
+            **sampling,
+        )
         return pieces if stream else "".join(pieces)
 
     def _text_options(self) -> tuple[frozenset[int], tuple[int, ...]]:
@@ -340,10 +385,18 @@ class Gemma4:
         eog_ids: frozenset[int],
         params: SamplingParams,
         suppress_ids: tuple[int, ...],
+        draft: Draft | None,
+        num_draft_tokens: int,
     ) -> Iterator[int]:
         session = self._sessions.take(params, suppress_ids)
+        if draft is None:
+            new_ids = generate_tokens(session, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
+        else:
+            loop = SpeculativeLoop.beside(session.loop, draft, num_draft_tokens, self._speculative_loop)
+            self._speculative_loop, self.last_speculation = loop, loop.stats
+            new_ids = speculate_tokens(loop, session.history, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
         try:
-            yield from generate_tokens(session, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
+            yield from new_ids
         except GeneratorExit:
             self._sessions.put(session)  # nobody listens any more; the tokens so far are whole
             raise
