@@ -74,9 +74,13 @@ class MLP(nn.Module):
         self.down_proj = weights.linear("down_proj")
 
     def forward(self, x: Rows, make: RowMaker) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
-        out: Tensor = self.down_proj(make.gelu_mul(gate, up))
+        out: Tensor = self.down_proj(self._gated(x, make))
         return out
+
+    def _gated(self, x: Rows, make: RowMaker) -> Rows:
+        """The input of the last product; gate and up, the widest tensors of a pass, do not outlive this."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
+        return make.gelu_mul(gate, up)
 
 
 class Attention(nn.Module):

@@ -116,8 +116,9 @@ class Workspace:
         # From here on attention's branch, the next residual stream and its norm.
         branch = hidden * (4 + 2 * b)
         ffn = tokens * layer.intermediate_size * b
-        yield branch + 2 * ffn + self._scratch(matrices, "mlp.", tokens)
-        yield branch + 3 * ffn + hidden * b + self._scratch(matrices, "mlp.down_proj", tokens)
+        yield branch + 2 * ffn + max(self._scratch(matrices, f"mlp.{name}", tokens) for name in ("gate", "up"))
+        yield branch + 3 * ffn
+        yield branch + ffn + hidden * b + self._scratch(matrices, "mlp.down_proj", tokens)
         if self.config.num_experts:
             # The MLP's output, normed rows, the sum, and one expert that every token may have chosen.
             around = hidden * (2 * b + 4 + 4)
