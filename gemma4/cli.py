@@ -220,6 +220,18 @@ def chat(
     chat_loop(Conversation(run, text_options, system, think))
 
 
+@app.command("convert")
+def convert(
+    file: ModelFile,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Must not exist, or be empty.")],
+    shard_size: Annotated[float, typer.Option(min=0.001, metavar="GB", help="Of one safetensors file at most.")] = 5.0,
+) -> None:
+    """Write a Gemma 4 GGUF file as a Hugging Face checkpoint in bfloat16, for vLLM, SGLang or transformers."""
+    from gemma4.hf_export import export_hf
+
+    export_hf(file, out, shard_bytes=int(shard_size * 1e9))
+
+
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give --prompt or --prompt-file, not both")

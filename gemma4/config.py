@@ -23,7 +23,8 @@ from gemma4.quant.errors import (
 from gemma4.quant.ggml_types import GGMLType
 
 if TYPE_CHECKING:
-    from gemma4.quant.gguf_file import GGUFFile, TensorInfo
+    from gemma4.quant.gguf_file import TensorInfo
+    from gemma4.quant.weight_file import WeightFile
 
 _T = TypeVar("_T")
 
@@ -105,7 +106,7 @@ class Gemma4Config(BaseModel):
         return len(self.layers)
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Gemma4Config:
+    def from_gguf(cls, file: WeightFile) -> Gemma4Config:
         """Reads the configuration of an open file.
 
         Raises UnsupportedArchitectureError, UnsupportedTypeError, MetadataError, MissingTensorError or ShapeError.
@@ -139,7 +140,7 @@ _Config = TypeVar("_Config", bound=Gemma4Config)
 class Header:
     """Typed access to the `{architecture}.*` keys and to the tensor inventory."""
 
-    def __init__(self, file: GGUFFile, architecture: str) -> None:
+    def __init__(self, file: WeightFile, architecture: str) -> None:
         self.path: Path = file.path
         self.metadata: Mapping[str, Any] = file.metadata
         self.tensors: Mapping[str, TensorInfo] = file.tensors

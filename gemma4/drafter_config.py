@@ -28,7 +28,7 @@ from gemma4.quant.plan import LoadPlan, make_plan
 from gemma4.quant.transforms import register_transforms, rename, transforms_for
 
 if TYPE_CHECKING:
-    from gemma4.quant.gguf_file import GGUFFile
+    from gemma4.quant.weight_file import WeightFile
 
 DRAFTER_ARCHITECTURES: Final = ("gemma4-assistant", "gemma4_assistant")
 # Converters disagree on the names of these.
@@ -60,7 +60,7 @@ class DrafterConfig(Gemma4Config):
     projection_prefix: str  # of the file's two projection tensors
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile) -> DrafterConfig:
+    def from_gguf(cls, file: WeightFile) -> DrafterConfig:
         """Reads the configuration of an open file.
 
         Raises UnsupportedArchitectureError, UnsupportedTypeError, MetadataError, MissingTensorError or ShapeError.
@@ -134,7 +134,7 @@ def _read(header: Header) -> DrafterConfig:
     )
 
 
-def plan_drafter(file: GGUFFile, config: DrafterConfig, *, fuse: bool = True) -> LoadPlan:
+def plan_drafter(file: WeightFile, config: DrafterConfig, *, fuse: bool = True) -> LoadPlan:
     """The load plan of an open drafter. Raises the errors of `make_plan`."""
     return make_plan(
         config.architecture,

@@ -15,7 +15,8 @@ from gemma4.quant.plan import LOADABLE_TYPES, LoadPlan, NotLoaded, make_plan
 from gemma4.quant.transforms import concat_rows, read_by_config, register_transforms, rename, transforms_for
 
 if TYPE_CHECKING:
-    from gemma4.quant.gguf_file import GGUFFile, TensorInfo
+    from gemma4.quant.gguf_file import TensorInfo
+    from gemma4.quant.weight_file import WeightFile
 
 PER_LAYER_TABLE: Final = "embed_tokens_per_layer.weight"
 _GLOBAL_NAMES: Final = {
@@ -121,6 +122,19 @@ for _architecture in ("gemma3", "gemma4"):
     register_transforms(_architecture, *_TEXT_MODEL)
 
 
+def hf_name(target: str) -> str:
+    """What Hugging Face's text model calls a weight of the model, without the "model." in front."""
+    return target.removesuffix(".weight") if ".experts." in target else target
+
+
+def gguf_names(num_layers: int) -> dict[str, str]:
+    """The GGUF name of every tensor that Hugging Face's text model may have: `hf_name` -> GGUF name."""
+    names = {hf_name(target): source for source, target in _GLOBAL_NAMES.items()}
+    for i in range(num_layers):
+        names |= {hf_name(f"layers.{i}.{target}"): f"blk.{i}.{source}" for source, target in _LAYER_NAMES.items()}
+    return names
+
+
 def expected_tensors(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
     """The tensors a file must hold for this configuration: GGUF name -> torch shape."""
     hidden = config.hidden_size
@@ -213,7 +227,7 @@ def tensors_not_loaded(
     return tuple(NotLoaded(what, tuple(names)) for what, names in groups.items() if names)
 
 
-def plan_load(file: GGUFFile, config: Gemma4Config, *, fuse: bool = True) -> LoadPlan:
+def plan_load(file: WeightFile, config: Gemma4Config, *, fuse: bool = True) -> LoadPlan:
     """The load plan of an open file. Raises the errors of `make_plan`."""
     expected = expected_tensors(config)
     return make_plan(

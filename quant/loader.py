@@ -1,4 +1,4 @@
-"""Streams the tensors of a GGUF file into a model built on the meta device, following a load plan.
+"""Streams the tensors of a checkpoint into a model built on the meta device, following a load plan.
 
 Host memory stays bounded: the file is read through its map, and on the way to a GPU each worker owns one pinned buffer
 and one stream, so copies from disk, over the bus and unpacking on the device overlap. Device temporaries are bounded by
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from gemma4.quant.errors import MissingTensorError, ShapeError, UnexpectedTensorError
 from gemma4.quant.formats import container_for
 from gemma4.quant.ggml_types import row_bytes
-from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
+from gemma4.quant.weight_file import WeightFile
 
 SLICE_BYTES = 32 << 20
 CPU_SLICE_BYTES = 1 << 20  # so small that its temporaries stay in malloc's pool and in the cache
@@ -46,7 +46,7 @@ class _Slice:
     def nbytes(self) -> int:
         return self.rows * self.row_bytes
 
-    def view(self, file: GGUFFile) -> Tensor:
+    def view(self, file: WeightFile) -> Tensor:
         """uint8 [rows * row_bytes], on the file's map."""
         start = self.source_row * self.row_bytes
         return torch.frombuffer(file.data(self.source)[start : start + self.nbytes], dtype=torch.uint8)
@@ -67,7 +67,7 @@ class _Slice:
 def load_weights(
     model: nn.Module,
     plan: LoadPlan,
-    file: GGUFFile,
+    file: WeightFile,
     device: torch.device,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -97,7 +97,7 @@ def load_weights(
         raise MissingTensorError(f"the plan leaves weights unfilled: {', '.join(unfilled)}", field=unfilled[0])
 
 
-def _check_match(entry: LoadEntry, found: object, expected: object, file: GGUFFile) -> None:
+def _check_match(entry: LoadEntry, found: object, expected: object, file: WeightFile) -> None:
     if found != expected:
         raise ShapeError(f"found {found} in the model, {expected} in the plan", path=file.path, field=entry.target)
 
@@ -110,7 +110,7 @@ def _slices(entry: LoadEntry, weight: PackedWeight, slice_bytes: int) -> Iterato
             yield _Slice(entry, weight, part.source, row, part.start + row, rows)
 
 
-def _load_vector(model: nn.Module, entry: LoadEntry, file: GGUFFile, device: torch.device) -> None:
+def _load_vector(model: nn.Module, entry: LoadEntry, file: WeightFile, device: torch.device) -> None:
     owner_name, _, name = entry.target.rpartition(".")
     try:
         owner = model.get_submodule(owner_name)
@@ -123,7 +123,9 @@ def _load_vector(model: nn.Module, entry: LoadEntry, file: GGUFFile, device: tor
     setattr(owner, name, nn.Parameter(values.to(device), requires_grad=False))
 
 
-def _unpack_on_gpu(slices: list[_Slice], file: GGUFFile, device: torch.device, progress: Callable[[int], None]) -> None:
+def _unpack_on_gpu(
+    slices: list[_Slice], file: WeightFile, device: torch.device, progress: Callable[[int], None]
+) -> None:
     largest = max((item.nbytes for item in slices), default=0)
     stations: queue.SimpleQueue[tuple[Tensor, torch.cuda.Stream]] = queue.SimpleQueue()
     for _ in range(GPU_WORKERS):
