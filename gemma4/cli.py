@@ -65,6 +65,11 @@ MaxSeqLen = Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer
 KVCache = Annotated[CacheKind, typer.Option("--kv-cache", help="How full layers keep keys and values.")]
 Dequantize = Annotated[bool, typer.Option("--dequantize", help="Hold dense weights: more memory, faster on a CPU.")]
 NoFuse = Annotated[bool, typer.Option("--no-fuse", help="Keep gate and up projections apart.")]
+Draft = Annotated[
+    Path | None,
+    typer.Option("--draft", metavar="FILE", help="The model's drafter: its guesses are checked several at a time."),
+]
+NumDraftTokens = Annotated[int, typer.Option(min=1, max=7, help="Tokens that a drafter guesses at a time.")]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -159,6 +164,8 @@ def generate(
     max_seq_len: MaxSeqLen = 4096,
     dequantize: Dequantize = False,
     no_fuse: NoFuse = False,
+    draft: Draft = None,
+    num_draft_tokens: NumDraftTokens = 4,
     stats: Annotated[
         bool | None,
         typer.Option("--stats/--no-stats", help="Speed and memory, on stderr. Default: if that is a terminal."),
@@ -167,8 +174,8 @@ def generate(
 ) -> None:
     """Continue a text. Only the continuation goes to stdout."""
     text = _prompt(prompt, prompt_file)
-    text_options = _text_options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop)
-    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse)
+    text_options = _text_options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, num_draft_tokens)
+    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse, draft)
     from gemma4 import measured_run
 
     run = measured_run.Run.load(file, load_options)
@@ -207,10 +214,12 @@ def chat(
     max_seq_len: MaxSeqLen = 4096,
     dequantize: Dequantize = False,
     no_fuse: NoFuse = False,
+    draft: Draft = None,
+    num_draft_tokens: NumDraftTokens = 4,
 ) -> None:
     """Talk to a model. On a pipe, each line of input is a message; only answers go to stdout."""
-    text_options = _text_options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop)
-    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse)
+    text_options = _text_options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, num_draft_tokens)
+    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse, draft)
     from gemma4.measured_run import Run
     from gemma4.terminal_chat import Conversation, chat_loop
 
@@ -253,18 +262,19 @@ def _text_options(
     min_p: float | None,
     seed: int,
     stop: list[str] | None,
+    num_draft_tokens: int,
 ) -> TextOptions:
     from gemma4.measured_run import TextOptions
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     try:
-        return TextOptions(max_new_tokens, sampling, seed, tuple(stop or ()))
+        return TextOptions(max_new_tokens, sampling, seed, tuple(stop or ()), num_draft_tokens)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
 def _load_options(
-    device: str | None, dtype: DType | None, max_seq_len: int, dequantize: bool, no_fuse: bool
+    device: str | None, dtype: DType | None, max_seq_len: int, dequantize: bool, no_fuse: bool, draft: Path | None
 ) -> LoadOptions:
     import torch
 
@@ -279,4 +289,4 @@ def _load_options(
     if place is not None and place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise typer.BadParameter(f"found {device!r}, this machine has {torch.cuda.device_count()} CUDA devices")
     dtypes = {None: None, DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
-    return LoadOptions(place, dtypes[dtype], max_seq_len, not no_fuse, dequantize)
+    return LoadOptions(place, dtypes[dtype], max_seq_len, not no_fuse, dequantize, draft)
