@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,23 @@ import torch
 from rich.filesize import decimal
 
 from gemma4.api import Gemma4
+from gemma4.drafter import Drafter
 from gemma4.printable import printable
 from gemma4.sampling import SamplingParams
+from gemma4.speculate import NUM_DRAFT_TOKENS, Speculation
 from gemma4.text_stream import stream_text
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a file becomes a model; see `Gemma4.from_gguf`. device: None for cuda if there is one."""
+    """How a file becomes a model; see `Gemma4.from_gguf`. device: None for cuda if there is one. draft: its drafter."""
 
     device: torch.device | None
     dtype: torch.dtype | None
     max_seq_len: int
     fuse: bool
     dequantize: bool
+    draft: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class TextOptions:
     sampling: dict[str, float | None]
     seed: int
     stop: tuple[str, ...]
+    num_draft_tokens: int = NUM_DRAFT_TOKENS
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the setting."""
@@ -46,14 +50,17 @@ class TextOptions:
 
 @dataclass(slots=True)
 class Run:
-    """A loaded model and how long that took, the tokenizer included."""
+    """A loaded model, its drafter if there is one, and how long that took, the tokenizer included."""
 
     model: Gemma4
     load_s: float
+    drafter: Drafter | None = None
 
     @classmethod
     def load(cls, path: Path, options: LoadOptions) -> Run:
-        """Raises the errors of `Gemma4.from_gguf`, and TokenizerError for a file without a usable tokenizer."""
+        """Raises the errors of `Gemma4.from_gguf` and `Drafter.from_gguf`, and TokenizerError for a file without a
+        usable tokenizer.
+        """
         begin = time.perf_counter()
         model = Gemma4.from_gguf(
             path,
@@ -63,8 +70,12 @@ class Run:
             fuse=options.fuse,
             dequantize=options.dequantize,
         )
+        drafter = None
+        if options.draft is not None:
+            fuse, dequantize = options.fuse, options.dequantize
+            drafter = Drafter.from_gguf(options.draft, model, fuse=fuse, dequantize=dequantize)
         _ = model.tokenizer
-        return cls(model, time.perf_counter() - begin)
+        return cls(model, time.perf_counter() - begin, drafter)
 
     def describe(self) -> str:
         """What was loaded: one line, then one for each fusion."""
@@ -79,7 +90,14 @@ class Run:
             f"{name}: {parameters / 1e6:,.0f} M parameters, {size} packed"
             f"{', held dense' if is_dense else ''}; {dtype} on {device}, context {model.max_seq_len:,}"
         )
-        return "\n".join([loaded, *map(str, plan.fusions)])
+        return "\n".join([loaded, *map(str, plan.fusions), *self._describe_drafter()])
+
+    def _describe_drafter(self) -> Iterator[str]:
+        if self.drafter is not None:
+            entries = self.drafter.plan.entries
+            size = decimal(sum(entry.file_bytes for entry in entries))
+            name = f"{printable(self.drafter.config.name)} ({self.drafter.config.architecture})"
+            yield f"drafter {name}: {sum(entry.numel for entry in entries) / 1e6:,.0f} M parameters, {size} packed"
 
     def peak_gpu_bytes(self) -> int | None:
         """Most GPU memory that tensors took since the program began; None on a CPU."""
@@ -87,7 +105,7 @@ class Run:
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
     def text(self, ids: Sequence[int], options: TextOptions) -> TimedText:
-        return TimedText(self.model, ids, options)
+        return TimedText(self.model, ids, options, self.drafter)
 
 
 @dataclass(slots=True)
@@ -101,6 +119,7 @@ class TimedText:
     model: Gemma4
     ids: Sequence[int]
     options: TextOptions
+    drafter: Drafter | None = None
     new_tokens: int = field(default=0, init=False)
     prefill_s: float = field(default=0.0, init=False)
     decode_s: float = field(default=0.0, init=False)
@@ -118,10 +137,21 @@ class TimedText:
         """Without the first token, which prefill gives; None for fewer than two."""
         return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None
 
+    @property
+    def speculation(self) -> Speculation | None:
+        """What became of the drafts; None without a drafter."""
+        return None if self.drafter is None else self.model.last_speculation
+
     def _timed_ids(self) -> Iterator[int]:
         model, options = self.model, self.options
         new_ids = model.stream_ids(
-            self.ids, options.max_new_tokens, seed=options.seed, eog_ids=None, **options.sampling
+            self.ids,
+            options.max_new_tokens,
+            seed=options.seed,
+            eog_ids=None,
+            draft=self.drafter,
+            num_draft_tokens=options.num_draft_tokens,
+            **options.sampling,
         )
         while True:
             begin = time.perf_counter()
@@ -139,7 +169,10 @@ class TimedText:
 
 
 def stats(run: Run, text: TimedText) -> dict[str, Any]:
-    """The figures of one run under the names of `gemma4 generate --json`; None where there is none."""
+    """The figures of one run under the names of `gemma4 generate --json`; None where there is none. Those of drafts
+    stand only where there is a drafter.
+    """
+    drafts = text.speculation
     return {
         "prompt_tokens": len(text.ids),
         "new_tokens": text.new_tokens,
@@ -148,6 +181,7 @@ def stats(run: Run, text: TimedText) -> dict[str, Any]:
         "decode_tokens_per_s": text.decode_tokens_per_s,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_gpu_bytes": run.peak_gpu_bytes(),
+        **({} if drafts is None else {**asdict(drafts), "acceptance_rate": drafts.acceptance_rate}),
     }
 
 
@@ -160,6 +194,10 @@ def stats_line(run: Run, text: TimedText) -> str:
         f"prompt {len(text.ids)} tokens{_rate(text.prefill_tokens_per_s)}",
         f"generated {text.new_tokens} tokens{_rate(text.decode_tokens_per_s)}",
     ]
+    drafts = text.speculation
+    if drafts is not None and drafts.acceptance_rate is not None:
+        kept = f"{drafts.accepted} of {drafts.drafted} drafts accepted ({100 * drafts.acceptance_rate:.0f} %)"
+        parts.append(f"{kept} in {drafts.rounds} rounds")
     return "; ".join([*parts, *([f"peak memory {' and '.join(memory)}"] if memory else [])])
 
 

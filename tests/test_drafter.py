@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from rich.console import Console
 
 from gemma4 import Gemma4
+from gemma4.cli import main
 from gemma4.config import TARGET, Gemma4Config
 from gemma4.drafter import Drafter
 from gemma4.drafter_config import DrafterConfig, check_pair, plan_drafter, shared_layer
@@ -33,6 +36,7 @@ from gemma4.speculate import Draft
 from tests.drafter_gguf import HIDDEN, drafter_for
 from tests.family_gguf import FULL_SIZE, SHRUNKEN
 from tests.tiny_gguf import Model, Tensor, gemma3, gemma4
+from tests.tiny_vocabulary import vocabulary
 
 GEMMA4 = "gemma4-assistant."
 
@@ -236,3 +240,31 @@ def test_guesses_equal_transformers(tmp_path: Path, data_dir: Path, case: str) -
     ):
         torch.testing.assert_close(logits[0], torch.from_numpy(expected), rtol=0, atol=1e-4)
         torch.testing.assert_close(hidden[0], torch.from_numpy(expected_hidden), rtol=0, atol=1e-4)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = gemma4()
+    model.metadata |= vocabulary()
+    target = str(model.write(tmp_path / "model.gguf"))
+    drafter = str(drafter_for(model).write(tmp_path / "drafter.gguf"))
+
+    def generate(*options: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as done:
+            main(["generate", target, "-p", "the sea", "-n", "9", "--temperature", "0", "--device", "cpu", *options])
+        assert done.value.code == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    plain, _ = generate()
+    drafted, summary = generate("--draft", drafter, "--stats")
+    assert drafted == plain
+    assert "drafter synthetic drafter (gemma4-assistant): 1 M parameters" in summary
+    assert re.search(r"; \d+ of \d+ drafts accepted \(\d+ %\) in \d+ rounds; ", summary)
+    result = json.loads(generate("--draft", drafter, "--num-draft-tokens", "2", "--json")[0])
+    assert result["text"] == plain.removesuffix("\n")
+    assert result["acceptance_rate"] == result["accepted"] / result["drafted"]
+    other = str(drafter_for(gemma4(hidden=512)).write(tmp_path / "other.gguf"))
+    with pytest.raises(SystemExit) as refused:
+        main(["generate", target, "-p", "a", "--device", "cpu", "--draft", other])
+    assert refused.value.code == 3
+    assert "error [drafter_mismatch]: " in capsys.readouterr().err
