@@ -6,16 +6,20 @@ CUDA graph replays. Decode rotates over caches of more than 300 MB together, so 
 with heads as its result, and with the int8 activations that a decode step wants. Every attention is compared with the
 torch reference first: a wrong result ends the run. The last line of the output is one JSON document with every figure;
 units are in the names.
+
+With --sweep it times instead decode over tied rows with other tiles than the chosen one.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -23,19 +27,23 @@ from torch import Tensor
 
 from gemma4.kernels.activations import dequantize_activations
 from gemma4.kernels.decode_attention import (
+    DecodeConfig,
     decode_attention,
     decode_attention_quantize,
     decode_attention_reference,
+    device_limits,
     masked_attention,
     slot_positions,
+    split_count,
 )
 from gemma4.kernels.prefill_attention import prefill_attention
 from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache
-from gemma4.kernels.split_merge import head_rows
+from gemma4.kernels.split_merge import head_rows, merge_heads
 from gemma4.kernels.tied_decode_attention import (
     tied_decode_attention,
     tied_decode_attention_quantize,
     tied_decode_attention_reference,
+    tied_split_launch,
 )
 from gemma4.kernels.tied_prefill_attention import tied_prefill_attention
 from gemma4.kernels.tied_rope_cache import (
@@ -277,8 +285,36 @@ def time_rope(layer: Layer, tokens: int) -> dict[str, float]:
     return {"us": us, "moved_bytes": moved, "tb_per_s": moved / us / 1e6}
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def tied_decode_with(
+    q: Tensor, kv: Tensor, input_pos: Tensor, scale: float, config: DecodeConfig, splits: int
+) -> Tensor:
+    return merge_heads(tied_split_launch(q, kv, input_pos, scale, config, splits), q)
+
+
+def sweep() -> dict[str, dict[str, float]]:
+    """Decode over tied rows with every configuration that runs on this device."""
+    layer, results = TiedRows("tied", 4, 512), {}
+    multiprocessors, shared_limit = device_limits(torch.device("cuda"))
+    for context, tokens in product((512, 2048, 32768, 126976), (1, 4, 8)):
+        q, input_pos = random(1, Q_HEADS, tokens, layer.head_dim), positions(context - tokens, tokens)
+        nbytes = 2 * context * layer.kv_heads * layer.columns
+        caches = [layer.cache(context)[0] for _ in range(math.ceil(ROTATED_BYTES / nbytes) + 1)]
+        expected = layer.decode_reference(q, caches[0], input_pos)
+        rows = Q_HEADS // layer.kv_heads * tokens
+        for block_n, num_warps, num_stages in product((16, 32, 64), (4, 8), (2, 3, 4)):
+            config = DecodeConfig(16 if rows <= 16 else 32, block_n, num_warps, num_stages, programs_per_sm=1)
+            if config.shared_bytes(layer.head_dim, layer.columns, 2) > shared_limit:
+                continue
+            splits = split_count(config, layer.kv_heads, rows, context, multiprocessors)
+            how = (input_pos, layer.scale, config, splits)
+            name = f"tied-{context}-T{tokens}-R{config.block_r}-N{block_n}-W{num_warps}-S{num_stages}"
+            check(tied_decode_with(q, caches[0], *how), expected, name)
+            us = microseconds([partial(tied_decode_with, q, kv, *how) for kv in caches])
+            results[name] = {"us": us, "tb_per_s": nbytes / us / 1e6}
+    return results
+
+
+def run() -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
     for layer in LAYERS:
         for tokens in (1, CHUNK):
@@ -287,6 +323,14 @@ def main() -> None:
             results[f"decode-{layer.name}-{context}"] = time_decode(layer, context)
         for context in PREFILL_CONTEXTS:
             results[f"prefill-{layer.name}-{context}"] = time_prefill(layer, context)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="time other tiles for decode over tied rows")
+    torch.manual_seed(0)
+    results = sweep() if parser.parse_args().sweep else run()
     for name, figures in results.items():
         print(f"{name:24}", *(f"{unit} {value:.4g}" for unit, value in figures.items()), sep="  ")
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}))

@@ -94,11 +94,10 @@ def test_other_queries_read_it_like_two_tensors(model: Gemma4, ids: list[int], p
     one, _ = in_chunks(model, ids[:40], 40)
     plain()
     two, _ = in_chunks(model, ids[:40], 40)
-    attention = model.model.get_submodule("layers.2.self_attn")
-    k_weight = attention.k_norm.weight
+    q_weight, k_weight = (model.model.get_parameter(f"layers.2.self_attn.{x}_norm.weight") for x in "qk")
     input_pos = torch.tensor([38, 39])
     frequencies = torch.tensor(inverse_frequencies(model.config, model.config.layers[2]))
-    heads = rms_norm(torch.randn(4, 2, 32), attention.q_norm.weight, 1e-6)
+    heads = rms_norm(torch.randn(4, 2, 32), q_weight, 1e-6)
     queries = rotate(heads, input_pos, frequencies)[None]
     tied, separate = (
         cache.own[2].read(queries, k_weight, input_pos, 1.0, 0, DenseRows(torch.float32))[0] for cache in (one, two)
