@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,27 +16,19 @@ from gemma4.checkpoint import load_model, save_model
 from gemma4.config import Gemma4Config
 from gemma4.generate import check_ids, check_room, generate_tokens, prefill
 from gemma4.hf_checkpoint import HFCheckpoint
-from gemma4.mapping import PER_LAYER_TABLE, plan_load
-from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, check_fits
 from gemma4.model import TextModel
-from gemma4.progress import progress_bar
+from gemma4.opening import open_model, placement
+from gemma4.options import IdOptions, TextOptions
 from gemma4.quant.errors import ContextError
 from gemma4.quant.formats import QuantTensor
-from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.gguf_file import GGUFFile
-from gemma4.quant.loader import load_weights
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadPlan
-from gemma4.quant.weight_file import WeightFile
 from gemma4.sampling import SamplingParams
 from gemma4.session import SessionPool
 from gemma4.speculate import NUM_DRAFT_TOKENS, Draft, Speculation, SpeculativeLoop, check_draft, speculate_tokens
 from gemma4.text_stream import stream_text
 from gemma4.tokenizer import Tokenizer, tokenizer_from_metadata
-
-logger = logging.getLogger(__name__)
-
-_DENSE_TYPES = {torch.float32: GGMLType.F32, torch.bfloat16: GGMLType.BF16}
 
 
 class Gemma4:
@@ -56,9 +47,9 @@ class Gemma4:
         self.plan = plan
         self.metadata = metadata
         self.path = path
-        self.max_seq_len = max_seq_len
+        self.max_seq_len = min(max_seq_len, model.config.context_length)
         self.sampling = SamplingParams.from_metadata(metadata, path)
-        self._sessions = SessionPool(model, max_seq_len)
+        self._sessions = SessionPool(model, self.max_seq_len)
         self._speculative_loop: SpeculativeLoop | None = None
         self.last_speculation: Speculation | None = None  # of the last generation with a draft; counts while it runs
 
@@ -84,9 +75,18 @@ class Gemma4:
         memory, of which each token reads one row.
         Raises a Gemma4Error that names the file and what is wrong with it; DoesNotFitError before anything is loaded.
         """
-        device, dtype = _placement(device, dtype)
+        device, dtype = placement(device, dtype)
         with GGUFFile.open(path) as file:
-            return cls._load(file, device, dtype, max_seq_len, fuse, dequantize, per_layer_table)
+            model, plan = open_model(
+                file,
+                device,
+                dtype,
+                max_seq_len,
+                fuse=fuse,
+                dequantize=dequantize,
+                per_layer_table=per_layer_table,
+            )
+            return cls(model, plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
 
     @classmethod
     def from_pretrained(
@@ -102,37 +102,12 @@ class Gemma4:
 
         Weights are kept as they are stored: bfloat16, float16 or float32. Arguments and errors as `from_gguf`.
         """
-        device, dtype = _placement(device, dtype)
+        device, dtype = placement(device, dtype)
         with HFCheckpoint.open(path) as file:
-            return cls._load(file, device, dtype, max_seq_len, False, False, per_layer_table)
-
-    @classmethod
-    def _load(
-        cls,
-        file: WeightFile,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_seq_len: int,
-        fuse: bool,
-        dequantize: bool,
-        per_layer_table: Literal["device", "host"],
-    ) -> Gemma4:
-        config = Gemma4Config.from_gguf(file)
-        plan = plan_load(file, config, fuse=fuse)
-        for fusion in plan.fusions:
-            logger.info("%s", fusion)
-        if dequantize:
-            plan = plan.dense(_DENSE_TYPES[dtype])
-        if per_layer_table == "host":
-            plan = plan.with_host_memory(PER_LAYER_TABLE)
-        max_seq_len = min(max_seq_len, config.context_length)
-        if device.type == "cuda":
-            memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
-            check_fits(memory, max_seq_len, available_gpu_bytes(device), file.path)
-        model = TextModel(config, plan, dtype, device)
-        with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
-            load_weights(model, plan, file, device, progress)
-        return cls(model.eval(), plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
+            model, plan = open_model(
+                file, device, dtype, max_seq_len, fuse=False, dequantize=False, per_layer_table=per_layer_table
+            )
+            return cls(model, plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
 
     @classmethod
     def from_packed(
@@ -144,9 +119,8 @@ class Gemma4:
         max_seq_len: int = 4096,
     ) -> Gemma4:
         """Opens a file of `save_packed`, arguments as `from_gguf`; on a CPU weights are views on the mapped file."""
-        device, dtype = _placement(device, dtype)
+        device, dtype = placement(device, dtype)
         model, plan, metadata = load_model(path, dtype, device)
-        max_seq_len = min(max_seq_len, model.config.context_length)
         return cls(model.eval(), plan, metadata, path=Path(path), max_seq_len=max_seq_len)
 
     def forget(self) -> None:
@@ -208,28 +182,13 @@ class Gemma4:
         ids: Sequence[int],
         max_new_tokens: int = 64,
         temperature: float | None = 0.0,
-        *,
-        seed: int = 0,
-        eog_ids: frozenset[int] | None = None,
-        draft: Draft | None = None,
-        num_draft_tokens: int = NUM_DRAFT_TOKENS,
-        **sampling: float | None,
+        **options: Unpack[IdOptions],
     ) -> list[int]:
         """The ids that follow `ids`, new ones only; an end-of-generation id ends them and is included.
 
-        eog_ids: where to stop; by default the tokenizer's, none for a file without a tokenizer.
+        options: those of `stream_ids`.
         """
-        new_ids = self.stream_ids(
-            ids,
-            max_new_tokens,
-            seed=seed,
-            eog_ids=eog_ids,
-            draft=draft,
-            num_draft_tokens=num_draft_tokens,
-            temperature=temperature,
-            **sampling,
-        )
-        return list(new_ids)
+        return list(self.stream_ids(ids, max_new_tokens, temperature=temperature, **options))
 
     def stream_ids(
         self,
@@ -242,9 +201,11 @@ class Gemma4:
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
         **sampling: float | None,
     ) -> Iterator[int]:
-        """The ids of `generate_ids` one by one, sampled by the settings of `generate`. Raises ContextError at once.
+        """The ids that follow `ids`, one by one. Raises ContextError at once.
 
-        Tokens at the beginning that the generation before has run already do not run again.
+        eog_ids: where to stop, after one of them; by default the tokenizer's, none for a file without a tokenizer.
+        Other arguments as those of `generate`. Tokens at the beginning of `ids` that the generation before has run
+        already do not run again.
         """
         own_eog_ids, suppress_ids = self._text_options()
         check_ids(ids, self.config.vocab_size)
@@ -262,11 +223,8 @@ class Gemma4:
         max_new_tokens: int = ...,
         *,
         stream: Literal[False] = ...,
-        seed: int = ...,
         stop: str | Sequence[str] = ...,
-        draft: Draft | None = ...,
-        num_draft_tokens: int = ...,
-        **sampling: float | None,
+        **options: Unpack[TextOptions],
     ) -> str: ...
     @overload
     def generate(
@@ -275,11 +233,8 @@ class Gemma4:
         max_new_tokens: int = ...,
         *,
         stream: Literal[True],
-        seed: int = ...,
         stop: str | Sequence[str] = ...,
-        draft: Draft | None = ...,
-        num_draft_tokens: int = ...,
-        **sampling: float | None,
+        **options: Unpack[TextOptions],
     ) -> Iterator[str]: ...
     def generate(
         self,
@@ -287,24 +242,19 @@ class Gemma4:
         max_new_tokens: int = 256,
         *,
         stream: bool = False,
-        seed: int = 0,
         stop: str | Sequence[str] = (),
-        draft: Draft | None = None,
-        num_draft_tokens: int = NUM_DRAFT_TOKENS,
-        **sampling: float | None,
+        **options: Unpack[TextOptions],
     ) -> str | Iterator[str]:
         """Text that continues `prompt`; with stream=True an iterator of pieces of it.
 
         prompt: text, in which control tokens are plain text, or token ids. stop: strings that end the text and are not
-        part of it. sampling: temperature, top_k, top_p, min_p; what is left out or None comes from the file
+        part of it. options: seed; temperature, top_k, top_p, min_p; what is left out or None comes from the file
         (`general.sampling.*`). Equal seeds, equal text. Raises ContextError where it would not fit in `max_seq_len`.
         draft: a `gemma4.drafter.Drafter` that guesses num_draft_tokens tokens ahead, of which one pass checks all; the
         text stays the same where temperature is 0, its distribution otherwise. `last_speculation` says how many held.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        new_ids = self.stream_ids(
-            ids, max_new_tokens, seed=seed, eog_ids=None, draft=draft, num_draft_tokens=num_draft_tokens, **sampling
-        )
+        new_ids = self.stream_ids(ids, max_new_tokens, **options)
         pieces = stream_text(new_ids, self.tokenizer, (stop,) if isinstance(stop, str) else stop)
         return pieces if stream else "".join(pieces)
 
@@ -317,11 +267,8 @@ class Gemma4:
         stream: Literal[False] = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
         enable_thinking: bool = ...,
-        seed: int = ...,
         stop: str | Sequence[str] = ...,
-        draft: Draft | None = ...,
-        num_draft_tokens: int = ...,
-        **sampling: float | None,
+        **options: Unpack[TextOptions],
     ) -> str: ...
     @overload
     def chat(
@@ -332,11 +279,8 @@ class Gemma4:
         stream: Literal[True],
         tools: Sequence[Mapping[str, Any]] | None = ...,
         enable_thinking: bool = ...,
-        seed: int = ...,
         stop: str | Sequence[str] = ...,
-        draft: Draft | None = ...,
-        num_draft_tokens: int = ...,
-        **sampling: float | None,
+        **options: Unpack[TextOptions],
     ) -> Iterator[str]: ...
     def chat(
         self,
@@ -346,11 +290,8 @@ class Gemma4:
         stream: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool = False,
-        seed: int = 0,
         stop: str | Sequence[str] = (),
-        draft: Draft | None = None,
-        num_draft_tokens: int = NUM_DRAFT_TOKENS,
-        **sampling: float | None,
+        **options: Unpack[TextOptions],
     ) -> str | Iterator[str]:
         """The model's answer to a conversation; options as those of `generate`.
 
@@ -359,16 +300,7 @@ class Gemma4:
         """
         template, thinking = self.chat_template, enable_thinking
         ids = render_chat_ids(template, self.tokenizer, messages, tools=tools, enable_thinking=thinking)
-        pieces = self.generate(
-            ids,
-            max_new_tokens,
-            stream=True,
-            seed=seed,
-            stop=stop,
-            draft=draft,
-            num_draft_tokens=num_draft_tokens,
-            **sampling,
-        )
+        pieces = self.generate(ids, max_new_tokens, stream=True, stop=stop, **options)
         return pieces if stream else "".join(pieces)
 
     def _text_options(self) -> tuple[frozenset[int], tuple[int, ...]]:
@@ -401,19 +333,3 @@ class Gemma4:
             self._sessions.put(session)  # nobody listens any more; the tokens so far are whole
             raise
         self._sessions.put(session)
-
-
-def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """Defaults: cuda if there is one; bfloat16 there, float32 on a CPU."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    if dtype not in _DENSE_TYPES:
-        raise ValueError(f"dtype: found {dtype}, expected {' or '.join(map(str, _DENSE_TYPES))}")
-    return device, dtype
-
-
-def available_gpu_bytes(device: torch.device) -> int:
-    """What a plan may take: the free memory, what PyTorch holds unused, and what CUDA has taken for itself by now."""
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free) + unused + CONTEXT_BYTES

@@ -210,7 +210,7 @@ def from_gguf_with(free_bytes: int, path: Path, monkeypatch: pytest.MonkeyPatch,
         raise Loading
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_bytes, 80 * GIB))
-    monkeypatch.setattr("gemma4.api.TextModel", begin)
+    monkeypatch.setattr("gemma4.opening.TextModel", begin)
     with pytest.raises(Loading):
         Gemma4.from_gguf(path, device="cuda", **options)
 
