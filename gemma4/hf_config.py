@@ -1,6 +1,7 @@
 """A Gemma 4 text configuration in Hugging Face's `config.json`, to and from the metadata of a GGUF file.
 
-Keys, defaults and meaning are those of transformers' `Gemma4TextConfig`, which leaves keys out that have their default.
+Keys, defaults and meaning are those of transformers' `Gemma4TextConfig`, and of `Gemma4UnifiedTextConfig` for the 12B,
+whose text model is of the same kind. Both leave keys out that have their default.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Final
 from gemma4.config import Gemma4Config, LayerKind
 from gemma4.quant.errors import MetadataError, UnsupportedArchitectureError, UnsupportedFeatureError
 
-MODEL_TYPES: Final = ("gemma4", "gemma4_text")
+MODEL_TYPES: Final = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
 _KIND_NAMES: Final = {LayerKind.SLIDING: "sliding_attention", LayerKind.FULL: "full_attention"}
 _PERIOD: Final = 6
@@ -40,6 +41,11 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "num_experts": None,
     "top_k_experts": None,
     "moe_intermediate_size": None,
+}
+_UNIFIED_DEFAULTS: Final = {
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
 }
 _ROPE_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -179,6 +185,7 @@ class _Reader:
         if kind not in MODEL_TYPES:
             message = f"found {kind!r}, supported are {', '.join(MODEL_TYPES)}"
             raise UnsupportedArchitectureError(message, path=path, field="model_type")
+        self.defaults = {**_DEFAULTS, **(_UNIFIED_DEFAULTS if "unified" in kind else {})}
         self.text = config.get("text_config", config)
         if not isinstance(self.text, Mapping):
             raise self.error("text_config", f"found {self.text!r:.80}, expected an object")
@@ -186,12 +193,15 @@ class _Reader:
             if part.get("quantization_config") is not None:
                 message = "the checkpoint is quantized; expected weights in float32, float16 or bfloat16"
                 raise UnsupportedFeatureError(message, path=path, field="quantization_config")
+        if self.text.get("use_bidirectional_attention") == "all":
+            message = "found 'all', expected attention to what came before in text"
+            raise UnsupportedFeatureError(message, path=path, field="use_bidirectional_attention")
 
     def error(self, key: str, message: str) -> MetadataError:
         return MetadataError(message, path=self.path, field=key)
 
     def value(self, key: str) -> Any:
-        return self.text.get(key, _DEFAULTS[key])
+        return self.text.get(key, self.defaults[key])
 
     def count(self, key: str, least: int = 1) -> int:
         return self._count(key, self.value(key), least)

@@ -146,7 +146,7 @@ def _name_format(path: Path, head: bytes, size: int) -> str:
     if re.match(rb"\s*(<!doctype|<html|<\?xml|<!--)", head.removeprefix(b"\xef\xbb\xbf"), re.IGNORECASE):
         return "this is an HTML page, often a login or error page saved in place of the model: download it again"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
-        return "this is a safetensors file: convert the model to GGUF first"
+        return "this is a safetensors file: open its directory with Gemma4.from_pretrained"
     for start, cause in _KNOWN_HEADS:
         if head.startswith(start):
             return cause

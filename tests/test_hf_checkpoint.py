@@ -302,6 +302,15 @@ def test_a_multimodal_checkpoint(dense: Path, data_dir: Path, tmp_path: Path) ->
     assert [(group.what, len(group.names)) for group in model.plan.not_loaded] == [("vision and audio", 3)]
 
 
+def test_the_unified_models_have_defaults_of_their_own(dense: Path, data_dir: Path, tmp_path: Path) -> None:
+    config = recorded(data_dir, "dense")["config"] | {"model_type": "gemma4_unified_text"}
+    for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "max_position_embeddings"):
+        del config[key]
+    model = Gemma4.from_pretrained(copy_of(dense, tmp_path / "unified", config, stored(dense)), device="cpu")
+    torch.testing.assert_close(model.logits(IDS), recorded_logits(data_dir, "dense"), rtol=0, atol=5e-5)
+    assert model.config.context_length == 262144
+
+
 def test_a_tied_head_may_be_stored_too(dense: Path, data_dir: Path, tmp_path: Path) -> None:
     tensors = stored(dense)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -320,6 +329,11 @@ DAMAGES: dict[str, tuple[Edit, type[Gemma4Error], str]] = {
         lambda config, _: config.update(quantization_config={"quant_method": "fp8"}),
         UnsupportedFeatureError,
         "quantization_config",
+    ),
+    "no causal attention": (
+        lambda config, _: config.update(use_bidirectional_attention="all"),
+        UnsupportedFeatureError,
+        "use_bidirectional_attention",
     ),
     "a weight is missing": (
         lambda _, tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"),
