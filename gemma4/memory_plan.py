@@ -39,6 +39,7 @@ _PLANE_BYTES: Final[dict[GGMLType, tuple[int, ...]]] = {
     GGMLType.Q4_0: (16, 2),
     GGMLType.Q4_1: (16, 4),
 }
+_LEAST_TURBOQUANT_DIMS: Final = 64
 _ALIGNMENT: Final = 512
 _LARGE: Final = 10 << 20
 _LARGE_STEP: Final = 2 << 20
@@ -207,7 +208,7 @@ def kv_tensors(config: Gemma4Config, layer: LayerConfig, kv_cache: CacheKind, it
     rotated = tied_dims(config, layer)
     if kv_cache is CacheKind.TURBOQUANT and layer.kind is LayerKind.FULL:
         # Codes of 4 bits and a float32 scale, for the keys' own dimensions and for the values.
-        dims = (rotated or layer.head_dim, layer.head_dim)
+        dims = (rotated if rotated >= _LEAST_TURBOQUANT_DIMS else layer.head_dim, layer.head_dim)
         return tuple(layer.num_key_value_heads * size for dim in dims for size in (dim // 2, 4))
     if rotated:
         return (layer.num_key_value_heads * (layer.head_dim + rotated) * itemsize,)

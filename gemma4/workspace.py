@@ -111,7 +111,8 @@ class Workspace:
         kv = 0 if layer.kv_source is not None else tokens * layer.num_key_value_heads * layer.head_dim * b
         projected = q + (kv if layer.k_eq_v else 2 * kv)
         yield projected + self._scratch(matrices, "self_attn.", tokens)
-        yield projected + q + 2 * kv + 2 * q  # normalised heads, attention's output, and the same as rows
+        # Normalised heads, attention's output, and the same as rows or turned queries, which may have more columns.
+        yield projected + 2 * kv + 3.25 * q
         yield projected + q + hidden * b + self._scratch(matrices, "self_attn.o_proj", tokens)
         # From here on attention's branch, the next residual stream and its norm.
         branch = hidden * (4 + 2 * b)

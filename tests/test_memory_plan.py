@@ -10,10 +10,11 @@ import torch
 
 from gemma4 import Gemma4, memory_plan, workspace
 from gemma4.cache import KVCache
-from gemma4.config import CacheKind, Gemma4Config
+from gemma4.config import CacheKind, Gemma4Config, LayerKind
 from gemma4.kernels import linear as linear_ops
+from gemma4.kernels.turboquant import MIN_DIM
 from gemma4.mapping import plan_load
-from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, kv_tensors, weight_planes
+from gemma4.memory_plan import _LEAST_TURBOQUANT_DIMS, CONTEXT_BYTES, MemoryModel, kv_tensors, weight_planes
 from gemma4.model import TextModel
 from gemma4.quant import linear, loader
 from gemma4.quant.errors import ContextError, DoesNotFitError
@@ -21,6 +22,8 @@ from gemma4.quant.formats import container_for
 from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LOADABLE_TYPES, LoadEntry, LoadPlan
+from gemma4.rope import tied_dims
+from gemma4.turboquant_cache import TurboQuantCache
 from gemma4.workspace import Workspace
 from tests.family_gguf import FULL_SIZE, SHRUNKEN, quantize
 from tests.live_memory import peak_live_bytes
@@ -102,6 +105,18 @@ def test_caches(header: Header, context: int) -> None:
             (group,) = [group for group in planned.kv if group.kind is kind]
             sizes = [group.positions * size for size in kv_tensors(config, config.layers[i], kv_cache)]
             assert sorted(sizes) == sorted(tensor.nbytes for tensor in layer.tensors().values())
+
+
+def test_turboquant_caches(header: Header) -> None:
+    config, _ = header
+    assert _LEAST_TURBOQUANT_DIMS == MIN_DIM
+    for layer in config.layers:
+        if layer.kind is LayerKind.FULL and layer.kv_source is None:
+            cache = TurboQuantCache(layer, 100, tied_dims(config, layer), 4, META)
+            planned = kv_tensors(config, layer, CacheKind.TURBOQUANT)
+            assert [100 * size for size in planned] == [tensor.nbytes for tensor in cache.tensors().values()]
+        elif layer.kv_source is None:
+            assert kv_tensors(config, layer, CacheKind.TURBOQUANT) == kv_tensors(config, layer, CacheKind.LOSSLESS)
 
 
 # A pass
