@@ -220,7 +220,8 @@ def test_decode_gpu(case: Case) -> None:
     assert relative_error(out, expected) < 8e-3
     assert relative_error(out, problem.answer) < 1.5e-2
     assert torch.equal(out, again)
-    assert relative_error(dequantize_activations(*rows[:2]), head_rows(expected)) <= relative_error(out, expected)
+    error = relative_error(dequantize_activations(*rows[:2]), head_rows(expected))
+    assert error <= relative_error(out, expected) + 3e-5  # a lone key is exact in bfloat16, not in int8 planes
 
 
 @pytest.mark.gpu
