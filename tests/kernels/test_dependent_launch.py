@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma4.kernels import activations, fused_norm, gelu_mul, linear, packed_matvec, rope_cache, split_merge
+from gemma4.kernels import (
+    activations,
+    fused_norm,
+    gelu_mul,
+    linear,
+    packed_matvec,
+    rope_cache,
+    split_merge,
+    tied_rope_cache,
+)
 from gemma4.kernels.activations import empty_activations
 from gemma4.kernels.dependent_launch import dependent_launch_options
 from gemma4.kernels.packed_planes import PACKED_FORMATS
@@ -56,13 +65,20 @@ def rope() -> tuple[str, str]:
     return ptx(rope_cache, "qk_norm_rope_launch", *arguments)
 
 
+def tied_rope() -> tuple[str, str]:
+    q, k, weight = rows(1, 32 * 512), rows(1, 4 * 512), torch.empty(512, device="meta")
+    cache, position = rows(64, 640).expand(1, 4, 64, 640), torch.empty(1, dtype=torch.int64, device="meta")
+    arguments = (q, k, weight, weight, cache, weight[:256], position, 1e-6, True)
+    return ptx(tied_rope_cache, "tied_norm_rope_launch", *arguments)
+
+
 def merge() -> tuple[str, str]:
     q = torch.empty(1, 32, 1, 256, dtype=torch.bfloat16, device="meta")
     partials = split_merge.empty_partials(q, 16, 8)
     return ptx(split_merge, "launch_merge", partials, 1, split_merge.empty_quantized(q, 2))
 
 
-@pytest.mark.parametrize("kernel", [norm, gelu, quantize, rope, merge])
+@pytest.mark.parametrize("kernel", [norm, gelu, quantize, rope, tied_rope, merge])
 def test_nothing_is_stored_before_the_wait(kernel: Callable[[], tuple[str, str]]) -> None:
     before, after = kernel()
     assert "st.global" not in before
