@@ -22,9 +22,9 @@ from gemma4.config import (
     head_size,
     rope_scaling,
 )
-from gemma4.mapping import expected_tensors
+from gemma4.mapping import expected_tensors, scale_tensors
 from gemma4.quant.errors import DrafterMismatchError, UnsupportedArchitectureError
-from gemma4.quant.plan import LoadPlan, make_plan
+from gemma4.quant.plan import LoadPlan, NotLoaded, make_plan
 from gemma4.quant.transforms import register_transforms, rename, transforms_for
 
 if TYPE_CHECKING:
@@ -136,13 +136,16 @@ def _read(header: Header) -> DrafterConfig:
 
 def plan_drafter(file: WeightFile, config: DrafterConfig, *, fuse: bool = True) -> LoadPlan:
     """The load plan of an open drafter. Raises the errors of `make_plan`."""
+    expected = config.expected_tensors()
+    unused = tuple(name for name in file.tensors if name in _UNUSED)
     return make_plan(
         config.architecture,
-        {name: tensor for name, tensor in file.tensors.items() if name not in _UNUSED},
-        config.expected_tensors(),
+        file.tensors,
+        expected | scale_tensors(file.tensors, expected),
         transforms_for(config.architecture),
         num_layers=config.num_hidden_layers,
         is_head_tied=config.tie_word_embeddings,
+        not_loaded=(NotLoaded("a coarse search of the vocabulary", unused),) if unused else (),
         fuse=fuse,
         path=file.path,
     )

@@ -20,6 +20,7 @@ TORCH_FREE = (
     "gemma4.quant.transforms",
     "gemma4.quant.plan",
     "gemma4.config",
+    "gemma4.drafter_config",
     "gemma4.mapping",
     "gemma4.memory_plan",
     "gemma4.fit_report",

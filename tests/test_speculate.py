@@ -102,8 +102,10 @@ def few_tokens(model: Gemma4, ids: list[int], split: int, *, joint: bool) -> tup
     return text.head(h, y, make)[0], cache
 
 
-@pytest.mark.parametrize("form", ["dense", "packed", "quantized rows"])
-@any_target
+FORMS = [*((name, "dense") for name in TARGETS), ("E2B", "packed"), ("31B", "quantized rows")]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
 def test_a_pass_of_few_tokens_has_the_bits_of_single_passes(name: str, form: str, tmp_path: Path) -> None:
     path = TARGETS[name]().write(tmp_path / "model.gguf")
     model = Gemma4.from_gguf(path, device="cpu", dequantize=form == "dense")
@@ -205,23 +207,18 @@ def test_sampling_keeps_its_distribution(load: Callable[[str], tuple[Gemma4, Dra
     model, _ = load("31B")
     settings = {"temperature": 0.5, "top_k": 2, "top_p": 1.0}
     script = Script(model.generate_ids(PROMPT, 110), len(PROMPT), 0.0)
-    excess = variance = 0.0
-    accepted = 0
-    for seed in (1, 2):
-        ids = model.generate_ids(PROMPT, 100, seed=seed, draft=script, num_draft_tokens=2, **settings)
-        assert model.last_speculation is not None
-        accepted += model.last_speculation.accepted
-        logits, likeliest = model.logits(PROMPT + ids)[len(PROMPT) - 1 : -1].topk(2)
-        probability = (logits / 0.5).softmax(-1)[:, 0]
-        is_first = likeliest[:, 0] == torch.tensor(ids)
-        assert (is_first | (likeliest[:, 1] == torch.tensor(ids))).all()
-        excess += float((is_first.float() - probability).sum())
-        variance += float((probability * (1 - probability)).sum())
-    again = model.generate_ids(PROMPT, 20, seed=2, draft=script, num_draft_tokens=2, **settings)
-    assert again == ids[:20]
-    assert accepted > 2
-    assert variance > 10
-    assert abs(excess) < 4 * variance**0.5
+    ids = model.generate_ids(PROMPT, 100, seed=1, draft=script, num_draft_tokens=2, **settings)
+    assert model.last_speculation is not None
+    assert model.last_speculation.accepted > 0
+    logits, likeliest = model.logits(PROMPT + ids)[len(PROMPT) - 1 : -1].topk(2)
+    probability = (logits / 0.5).softmax(-1)[:, 0]
+    is_first = likeliest[:, 0] == torch.tensor(ids)
+    assert (is_first | (likeliest[:, 1] == torch.tensor(ids))).all()
+    excess, variance = (is_first.float() - probability).sum(), (probability * (1 - probability)).sum()
+    assert variance > 4
+    assert abs(excess) < 4 * variance.sqrt()
+    model.forget()
+    assert model.generate_ids(PROMPT, 12, seed=1, draft=script, num_draft_tokens=2, **settings) == ids[:12]
 
 
 @pytest.mark.gpu
