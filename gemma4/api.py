@@ -120,7 +120,7 @@ class Gemma4:
     ) -> Gemma4:
         """Opens a file of `save_packed`, arguments as `from_gguf`; on a CPU weights are views on the mapped file."""
         device, dtype = placement(device, dtype)
-        model, plan, metadata = load_model(path, dtype, device)
+        model, plan, metadata = load_model(path, dtype, device, max_seq_len)
         return cls(model.eval(), plan, metadata, path=Path(path), max_seq_len=max_seq_len)
 
     def forget(self) -> None:

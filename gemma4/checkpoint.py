@@ -17,6 +17,7 @@ from torch import nn
 
 from gemma4.config import Gemma4Config
 from gemma4.model import TextModel
+from gemma4.opening import require_memory
 from gemma4.quant.dense import F32Tensor
 from gemma4.quant.errors import MetadataError, MissingTensorError, ShapeError, UnexpectedTensorError
 from gemma4.quant.formats import QuantTensor
@@ -55,15 +56,19 @@ def save_model(path: str | Path, model: TextModel, plan: LoadPlan, metadata: Map
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype, device: torch.device
+    path: str | Path, dtype: torch.dtype, device: torch.device, max_seq_len: int
 ) -> tuple[TextModel, LoadPlan, dict[str, Any]]:
-    """Model, plan and GGUF metadata of a file of `save_model`. Raises a Gemma4Error that names what is wrong."""
+    """Model, plan and GGUF metadata of a file of `save_model`, for generations of max_seq_len tokens.
+
+    Raises a Gemma4Error that names what is wrong; DoesNotFitError before anything is moved to a GPU.
+    """
     path = Path(path)
     tensors, strings = load_packed(path)
     config = _parse(Gemma4Config.model_validate_json, strings, _CONFIG, path)
     plan = _parse(_PLAN_JSON.validate_json, strings, _PLAN, path)
     metadata = _parse(_METADATA_JSON.validate_json, strings, _METADATA, path)
     _check_weights(plan, tensors, path)
+    require_memory(config, plan, device, dtype, max_seq_len, path)
     try:
         model = TextModel(config, plan, dtype, device)
     except MissingTensorError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -53,13 +54,20 @@ def open_model(
         plan = plan.dense(_DENSE_TYPES[dtype])
     if per_layer_table == "host":
         plan = plan.with_host_memory(PER_LAYER_TABLE)
-    if device.type == "cuda":
-        memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
-        check_fits(memory, min(max_seq_len, config.context_length), available_gpu_bytes(device), file.path)
+    require_memory(config, plan, device, dtype, max_seq_len, file.path)
     model = TextModel(config, plan, dtype, device)
     with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
         load_weights(model, plan, file, device, progress)
     return model.eval(), plan
+
+
+def require_memory(
+    config: Gemma4Config, plan: LoadPlan, device: torch.device, dtype: torch.dtype, max_seq_len: int, path: Path
+) -> None:
+    """Raises DoesNotFitError where a GPU has too little for a generation of max_seq_len tokens. Elsewhere nothing."""
+    if device.type == "cuda":
+        memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
+        check_fits(memory, min(max_seq_len, config.context_length), available_gpu_bytes(device), path)
 
 
 def available_gpu_bytes(device: torch.device) -> int:

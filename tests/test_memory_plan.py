@@ -95,8 +95,8 @@ def test_limits_are_those_of_the_products() -> None:
 @pytest.mark.parametrize("context", [1, 700, 2048, 2049, 8192])
 def test_caches(header: Header, context: int) -> None:
     config, plan = header
-    for kv_cache in [CacheKind.LOSSLESS]:
-        cache = KVCache(config, context, torch.bfloat16, META)
+    for kv_cache in CacheKind:
+        cache = KVCache(config, context, torch.bfloat16, META, kv_cache)
         planned = MemoryModel(config, plan, kv_cache).at(context)
         assert planned.kv_bytes == cache.nbytes
         assert planned.chunk == cache.chunk_size
@@ -112,7 +112,7 @@ def test_turboquant_caches(header: Header) -> None:
     assert _LEAST_TURBOQUANT_DIMS == MIN_DIM
     for layer in config.layers:
         if layer.kind is LayerKind.FULL and layer.kv_source is None:
-            cache = TurboQuantCache(layer, 100, tied_dims(config, layer), 4, META)
+            cache = TurboQuantCache(layer, 100, tied_dims(config, layer), CacheKind.TURBOQUANT.bits, META)
             planned = kv_tensors(config, layer, CacheKind.TURBOQUANT)
             assert [100 * size for size in planned] == [tensor.nbytes for tensor in cache.tensors().values()]
         elif layer.kv_source is None:
@@ -228,6 +228,15 @@ def from_gguf_with(free_bytes: int, path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("gemma4.opening.TextModel", begin)
     with pytest.raises(Loading):
         Gemma4.from_gguf(path, device="cuda", **options)
+
+
+def test_from_packed_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Gemma4.from_gguf(quantize(SHRUNKEN["31B"](), "Q8_0").write(tmp_path / "model.gguf"), device="cpu")
+    loaded.save_packed(tmp_path / "saved.safetensors")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 20, GIB))
+    with pytest.raises(DoesNotFitError) as caught:
+        Gemma4.from_packed(tmp_path / "saved.safetensors", device="cuda")
+    assert caught.value.path == tmp_path / "saved.safetensors"
 
 
 def test_from_gguf_refuses_what_does_not_fit(
