@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gemma4.config import Gemma4Config, LayerConfig, LayerKind
+from gemma4.config import CacheKind, Gemma4Config, LayerConfig, LayerKind
 from gemma4.kernels.decode_attention import MAX_TOKENS
 from gemma4.kernels.prefill_attention import prefill_attention
 from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache, rms_norm, rotate
@@ -22,6 +22,7 @@ from gemma4.quant.errors import ContextError
 from gemma4.quant.linear import Rows
 from gemma4.rope import tied_dims
 from gemma4.rows import RowMaker
+from gemma4.turboquant_cache import TurboQuantCache
 
 
 class HeadTransform(NamedTuple):
@@ -194,7 +195,7 @@ class TiedCache:
 class SharedCache:
     """The cache of an earlier layer, read by one that projects queries only."""
 
-    def __init__(self, source: LayerCache) -> None:
+    def __init__(self, source: LayerCache | TurboQuantCache) -> None:
         self.source = source
 
     def attend(
@@ -210,6 +211,8 @@ class SharedCache:
         source = self.source
         rows = q.view(q.shape[0], -1, heads.q_weight.shape[0]).transpose(0, 1)
         queries = rotate(rms_norm(rows, heads.q_weight, heads.eps), input_pos, heads.inv_freq)[None]
+        if isinstance(source, TurboQuantCache):
+            return source.read(queries, heads.k_weight, input_pos, scale, source.window, make)
         if source.chunk is None:
             return make.decode_attention(queries, source.k, source.v, input_pos, scale, source.window)
         out = prefill_attention(queries, *source.chunk, source.k, source.v, input_pos, scale, source.window)
@@ -220,9 +223,16 @@ class KVCache:
     """The caches of all layers, for at most `max_seq_len` positions; bytes are taken when it is made."""
 
     def __init__(
-        self, config: Gemma4Config, max_seq_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: Gemma4Config,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        kind: CacheKind = CacheKind.LOSSLESS,
     ) -> None:
-        """Raises ContextError where the model has no such positions."""
+        """Raises ContextError where the model has no such positions, UnsupportedFeatureError where `kind` does not
+        suit its heads.
+        """
         if not 0 < max_seq_len <= config.context_length:
             raise ContextError(
                 f"found {max_seq_len}, expected 1 to {config.context_length}, the model's context", field="max_seq_len"
@@ -237,12 +247,14 @@ class KVCache:
         for i, layer in enumerate(config.layers):
             if layer.kv_source is not None:
                 source = self.own[layer.kv_source]
-                assert isinstance(source, LayerCache), "only two tensors serve other layers"
+                assert isinstance(source, LayerCache | TurboQuantCache), "tied rows serve one layer only"
                 self.layers.append(SharedCache(source))
                 continue
             is_sliding, rotated = layer.kind is LayerKind.SLIDING, tied_dims(config, layer)
             length, window = (self.chunk_size, window_or_all) if is_sliding else (max_seq_len, 0)
-            if rotated:
+            if kind.bits and not is_sliding:
+                self.own[i] = TurboQuantCache(layer, length, rotated, kind.bits, torch.device(device))
+            elif rotated:
                 self.own[i] = TiedCache(layer, length, rotated, dtype, torch.device(device))
             else:
                 self.own[i] = LayerCache(layer, length, window, dtype, torch.device(device), is_shared=i in shared)

@@ -53,10 +53,16 @@ class LayerKind(StrEnum):
 
 
 class CacheKind(StrEnum):
-    """How full layers keep keys and values: exactly, or in 4 bits (TurboQuant, arXiv 2504.19874)."""
+    """How full layers keep keys and values: exactly, or as codes of `bits` bits (TurboQuant, arXiv 2504.19874)."""
 
     LOSSLESS = "lossless"
     TURBOQUANT = "turboquant"
+    TURBOQUANT_4BIT = "turboquant-4bit"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code; 0 for no codes."""
+        return {CacheKind.LOSSLESS: 0, CacheKind.TURBOQUANT: 6, CacheKind.TURBOQUANT_4BIT: 4}[self]
 
 
 class LayerConfig(BaseModel):

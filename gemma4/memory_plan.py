@@ -206,10 +206,10 @@ def weight_planes(entry: LoadEntry) -> Iterable[int]:
 def kv_tensors(config: Gemma4Config, layer: LayerConfig, kv_cache: CacheKind, itemsize: int = 2) -> tuple[int, ...]:
     """Bytes per token in each tensor of the cache of a layer that has its own."""
     rotated = tied_dims(config, layer)
-    if kv_cache is CacheKind.TURBOQUANT and layer.kind is LayerKind.FULL:
-        # Codes of 4 bits and a float32 scale, for the keys' own dimensions and for the values.
+    if kv_cache.bits and layer.kind is LayerKind.FULL:
+        # Codes and a float32 scale, for the keys' own dimensions and for the values.
         dims = (rotated if rotated >= _LEAST_TURBOQUANT_DIMS else layer.head_dim, layer.head_dim)
-        return tuple(layer.num_key_value_heads * size for dim in dims for size in (dim // 2, 4))
+        return tuple(layer.num_key_value_heads * size for dim in dims for size in (dim * kv_cache.bits // 8, 4))
     if rotated:
         return (layer.num_key_value_heads * (layer.head_dim + rotated) * itemsize,)
     size = layer.num_key_value_heads * layer.head_dim * itemsize

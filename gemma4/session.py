@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemma4.cache import KVCache
+from gemma4.config import CacheKind
 from gemma4.decode_loop import DecodeLoop
 from gemma4.model import TextModel
 from gemma4.sampling import SamplingParams
@@ -56,8 +57,15 @@ class Session:
     history: TokenHistory
 
     @classmethod
-    def begin(cls, model: TextModel, max_seq_len: int, params: SamplingParams, suppress_ids: Sequence[int]) -> Session:
-        cache = KVCache(model.config, max_seq_len, model.dtype, model.norm.weight.device)
+    def begin(
+        cls,
+        model: TextModel,
+        max_seq_len: int,
+        params: SamplingParams,
+        suppress_ids: Sequence[int],
+        kv_cache: CacheKind = CacheKind.LOSSLESS,
+    ) -> Session:
+        cache = KVCache(model.config, max_seq_len, model.dtype, model.norm.weight.device, kv_cache)
         history = TokenHistory(model.config.sliding_window, cache.chunk_size)
         return cls(DecodeLoop(model, cache, params, suppress_ids), history)
 
@@ -65,9 +73,10 @@ class Session:
 class SessionPool:
     """Keeps the session that was given back last. Safe to use from several threads."""
 
-    def __init__(self, model: TextModel, max_seq_len: int) -> None:
+    def __init__(self, model: TextModel, max_seq_len: int, kv_cache: CacheKind = CacheKind.LOSSLESS) -> None:
         self.model = model
         self.max_seq_len = max_seq_len
+        self.kv_cache = kv_cache
         self._idle: deque[Session] = deque(maxlen=1)
 
     def take(self, params: SamplingParams, suppress_ids: Sequence[int]) -> Session:
@@ -75,7 +84,7 @@ class SessionPool:
         try:
             idle = self._idle.pop()
         except IndexError:
-            return Session.begin(self.model, self.max_seq_len, params, suppress_ids)
+            return Session.begin(self.model, self.max_seq_len, params, suppress_ids, self.kv_cache)
         if idle.loop.params == params:
             return idle
         return Session(DecodeLoop(self.model, idle.loop.cache, params, suppress_ids), idle.history)

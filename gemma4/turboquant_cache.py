@@ -73,9 +73,12 @@ class TurboQuantCache:
         return self.read(queries, k_weight, input_pos, scale, 0, make)
 
     def read(
-        self, queries: Tensor, k_weight: Tensor, input_pos: Tensor, scale: float, window: int, make: RowMaker
+        self, queries: Tensor, k_weight: Tensor | None, input_pos: Tensor, scale: float, window: int, make: RowMaker
     ) -> Rows:
-        """The attention of any number of queries [1, H, T, D], normalised and turned, to what was written."""
+        """The attention of any number of queries [1, H, T, D], normalised and turned, to what was written.
+
+        k_weight: float32 [D], of this layer's key norm; read only where values serve as keys.
+        """
         assert window == 0, "full layers have none"
         cache = (self.k_codes, self.k_scale, self.v_codes, self.v_scale)
         out = tq4_sdpa(queries, *cache, k_weight if self.is_tied else None, input_pos, scale)

@@ -151,17 +151,15 @@ def encode(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     book = codebook(dim, bits)
     levels = torch.tensor(book.levels(bits), dtype=torch.float32, device=y.device)
     unit = y * torch.rsqrt(y.square().mean(-1, keepdim=True).clamp_min(1e-38))
-    code = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
+    code = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True)
     dot = (y * levels[code]).sum(-1)
     scale = torch.where(dot > 0, y.square().sum(-1) / dot, 0.0) * book.gain
-    quarters = code.unflatten(-1, (2, 2, dim // 4))  # half, second, coordinate
-    shift = torch.tensor([0, 4], device=y.device)[:, None, None]
-    planes = [((quarters >> (bits - 4)) << shift).sum(-3).flatten(-2)]
+    low, high = code.to(torch.uint8).unflatten(-1, (2, 2, dim // 4)).unbind(-3)  # [..., second, coordinate]
+    planes = [((low >> (bits - 4)) | ((high >> (bits - 4)) << 4)).flatten(-2)]
     if bits == 6:
-        shifts = torch.tensor([[0, 4], [2, 6]], device=y.device)[..., None]
-        planes.append(((quarters & 3) << shifts).sum((-3, -2)))
-    packed = torch.cat(planes, -1).to(torch.uint8)
-    return packed.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3), scale
+        first, second = ((low & 3) | ((high & 3) << 2)).unbind(-2)
+        planes.append(first | (second << 4))
+    return torch.cat(planes, -1).unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3), scale
 
 
 def decode(codes: Tensor, scale: Tensor, dim: int) -> Tensor:
@@ -169,11 +167,11 @@ def decode(codes: Tensor, scale: Tensor, dim: int) -> Tensor:
     bits = int(codes.shape[-1]) * 8 // dim
     book = codebook(dim, bits)
     levels = torch.tensor([level / book.gain for level in book.levels(bits)], dtype=torch.float32, device=codes.device)
-    ordered = codes.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3).int()
+    ordered = codes.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3)
     nibbles = ordered[..., : dim // 2]
     code = torch.stack((nibbles & 15, nibbles >> 4), -2)  # [..., half, 2 quarters]
     if bits == 6:
         fine = ordered[..., dim // 2 :]
         low = torch.cat((fine & 3, fine >> 4 & 3), -1), torch.cat((fine >> 2 & 3, fine >> 6), -1)
         code = code * 4 + torch.stack(low, -2)
-    return levels[code.flatten(-2)] * scale[..., None]
+    return levels[code.flatten(-2).int()] * scale[..., None]
