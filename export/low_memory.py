@@ -1,0 +1,206 @@
+"""Compiling a model whose weights and caches take no memory, and opening what was compiled.
+
+The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
+dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss:
+
+    clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
+    is_same_tensor                  tells constants apart by address; all freed ones have address 0 and would be merged
+    FakeTensorProp.get_attr         gives tensors to operators that compute with them; a freed one becomes a fake one
+    get_original_value_of_constant  what is serialized of a buffer: of a freed one zeros, which is what it held
+
+Names are checked against the torch that is installed, and versions other than those tried are refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from gemma4.quant.errors import UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+TORCH_VERSIONS: Final = ("2.11", "2.13")
+"""Versions whose names were checked."""
+
+# Module, attribute: what is replaced while compiling.
+PATCHED_NAMES: Final = (
+    ("torch._inductor.compile_fx", "clone_preserve_strides"),
+    ("torch._inductor.graph", "is_same_tensor"),
+    ("torch._inductor.graph", "GraphLowering.get_original_value_of_constant"),
+    ("torch.fx.passes.fake_tensor_prop", "FakeTensorProp.get_attr"),
+)
+# Module, attribute: what is called.
+CALLED_NAMES: Final = (
+    ("torch._C._aoti", "AOTIModelPackageLoader"),
+    ("torch._inductor", "aot_compile"),
+    ("torch._inductor.package", "package_aoti"),
+)
+
+
+def check_torch() -> None:
+    """Raises UnsupportedFeatureError for a version of torch, or a name in it, that this module does not know."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    if version not in TORCH_VERSIONS:
+        known = ", ".join(TORCH_VERSIONS)
+        raise UnsupportedFeatureError(f"found torch {torch.__version__}, export knows {known}", field="torch")
+    missing = missing_names()
+    if missing:
+        raise UnsupportedFeatureError(f"torch {torch.__version__} lacks {', '.join(missing)}", field="torch")
+
+
+def missing_names() -> list[str]:
+    """Which of the private names torch does not have."""
+    missing: list[str] = []
+    for module_name, path in (*PATCHED_NAMES, *CALLED_NAMES):
+        try:
+            found: Any = importlib.import_module(module_name)
+            for name in path.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            missing.append(f"{module_name}.{path}")
+    return missing
+
+
+def without_storage(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor like `tensor` on `device` whose storage is freed. Takes the memory of one tensor for a moment."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    empty.untyped_storage().resize_(0)
+    return empty
+
+
+def is_without_storage(tensor: Tensor) -> bool:
+    """Whether the tensor's storage is freed."""
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+@contextmanager
+def low_memory(module: nn.Module) -> Iterator[None]:
+    """While the block runs, buffers of `module` that are all zero take no memory, and freed tensors can be compiled.
+
+    Buffers that hold anything else stay as they are. Freed buffers are zeros again afterwards, also after an exception;
+    tensors that came without storage leave without. Raises UnsupportedFeatureError, see `check_torch`.
+    """
+    check_torch()
+    freed: dict[Tensor, int] = {}
+    with ExitStack() as stack:
+        stack.callback(_restore, freed)
+        for buffer in module.buffers():
+            storage = buffer.untyped_storage()
+            is_whole = storage.nbytes() == buffer.nbytes
+            if is_whole and not is_without_storage(buffer) and not bool(buffer.any()):
+                freed[buffer] = storage.nbytes()
+                storage.resize_(0)
+        for (module_name, path), replacement in zip(PATCHED_NAMES, _REPLACEMENTS, strict=True):
+            owner_path, _, name = path.rpartition(".")
+            owner = importlib.import_module(module_name)
+            owner = getattr(owner, owner_path) if owner_path else owner
+            original = getattr(owner, name)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, original)
+            else:
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, replacement(original))
+        yield
+
+
+def _restore(freed: Mapping[Tensor, int]) -> None:
+    for buffer, nbytes in freed.items():
+        buffer.untyped_storage().resize_(nbytes)
+        buffer.zero_()
+
+
+def _clone_preserve_strides(original: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def clone(x: Tensor) -> Tensor:
+        return without_storage(x, x.device) if is_without_storage(x) else original(x)
+
+    return clone
+
+
+def _is_same_tensor(original: Callable[[Tensor, Tensor], bool]) -> Callable[[Tensor, Tensor], bool]:
+    def is_same(data: Tensor, value: Tensor) -> bool:
+        if is_without_storage(data) or is_without_storage(value):
+            return data is value
+        return original(data, value)
+
+    return is_same
+
+
+def _get_original_value(original: Callable[[Any, str], Tensor]) -> Callable[[Any, str], Tensor]:
+    def get_original_value(graph: Any, name: str) -> Tensor:
+        value = original(graph, name)
+        # On the host, where untouched zeros take no memory.
+        return torch.zeros(value.shape, dtype=value.dtype) if is_without_storage(value) else value
+
+    return get_original_value
+
+
+def _get_attr(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_attr(interpreter: Any, *args: Any) -> Any:
+        value = original(interpreter, *args)
+        is_freed = isinstance(value, Tensor) and is_without_storage(value)
+        return interpreter._mode.from_tensor(value) if is_freed else value
+
+    return get_attr
+
+
+_REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
+    _clone_preserve_strides,
+    _is_same_tensor,
+    _get_original_value,
+    _get_attr,
+)
+
+
+def compile_method(program: ExportedProgram) -> list[Any]:
+    """Compiles a method, its weights left out. Returns the files for `write_package`."""
+    inductor = importlib.import_module("torch._inductor")
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        # Else the values of short weights, which nobody has read, would become part of the code.
+        "always_keep_tensor_constants": True,
+        # The code between kernels: optimizing it takes minutes and saves microseconds.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+    }
+    args, kwargs = program.example_inputs or ((), {})
+    files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
+    return files
+
+
+def write_package(path: Path, methods: Mapping[str, list[Any]]) -> None:
+    """One `.pt2` file that holds every method."""
+    package = importlib.import_module("torch._inductor.package")
+    package.package_aoti(str(path), dict(methods))
+
+
+class CompiledMethod:
+    """One method of a `.pt2` package, run without the compiler that made it."""
+
+    def __init__(self, package: Path, name: str, device: torch.device) -> None:
+        """Raises RuntimeError where the package cannot be opened."""
+        index = -1 if device.type == "cpu" else device.index or 0
+        module = importlib.import_module("torch._C._aoti")
+        is_single_threaded = True  # a graph cannot hold the events that several threads need
+        self._loader: Any = module.AOTIModelPackageLoader(str(package), name, is_single_threaded, 1, index)
+
+    def constant_names(self) -> list[str]:
+        """The weights and buffers it reads, by their names in the exported module."""
+        names: list[str] = self._loader.get_constant_fqns()
+        return names
+
+    def bind(self, constants: Mapping[str, Tensor]) -> None:
+        """Gives it its weights and buffers, which are used where they lie and written to; keep them alive."""
+        self._constants = dict(constants)
+        self._loader.load_constants(self._constants, False, True, True)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = self._loader.boxed_run(list(inputs))
+        return outputs
