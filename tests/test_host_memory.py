@@ -36,7 +36,7 @@ def test_the_table_is_not_on_the_device(path: Path, monkeypatch: pytest.MonkeyPa
         requested.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr("gemma4.quant.linear.empty_in_host_memory", empty_in_host_memory)
+    monkeypatch.setattr("gemma4.quant.packed_weight.empty_in_host_memory", empty_in_host_memory)
     with GGUFFile.open(path) as file:
         config = Gemma4Config.from_gguf(file)
         plan = plan_load(file, config)
