@@ -3,6 +3,9 @@
 An op `gemma4::<format>_matvec(xq, xs, xsum, *planes, out_dtype) -> [M, N]` multiplies activations from
 `gemma4::quantize_activations` with a packed weight. Products and sums inside 16 weights are exact integers;
 scaling and the sum over K are float32 in a fixed order.
+
+The format's own kernel takes M below MMA_ROWS, the tensor-core kernel of `gemma4.kernels.packed_mma` larger M. Their
+sums differ in the last bits; either computes a row of W or x alike alone and among others.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from torch.library import wrap_triton
 
 from gemma4.kernels.activations import dequantize_activations
 from gemma4.kernels.dependent_launch import dependent_launch_options
+from gemma4.kernels.packed_mma import launch_packed_mma
 from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
 
 MAX_ROWS = 8
-"""Most rows M of x that a matvec kernel takes."""
+"""Most rows M of x that a matvec op takes."""
+MMA_ROWS = 4
+"""From this many rows of x on, tensor cores take less time than repeating a matvec's arithmetic."""
 
 
 def matvec_tile(name: str, k: int, m: int) -> dict[str, int]:
@@ -65,7 +71,7 @@ def packed_matvec(
     planes: tuple[Tensor, ...],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Body of every matvec op: the torch reference on the CPU, `kernel` on a GPU."""
+    """Body of every matvec op: the torch reference on the CPU, `launch_packed_matvec` on a GPU."""
     if planes[0].device.type == "cpu":
         return packed_matvec_reference(name, activations, planes, out_dtype)
     return launch_packed_matvec(kernel, name, activations, planes, out_dtype)
@@ -92,8 +98,13 @@ def launch_packed_matvec(
     out_dtype: torch.dtype,
     **options: int,
 ) -> Tensor:
-    """Run `kernel`; on CPU tensors only where Triton interprets. `options` override the chosen tile."""
+    """Run `kernel`, or that for MMA_ROWS and more; on CPU tensors only where Triton interprets.
+
+    `options` override the chosen tile.
+    """
     m, n, k = _check(name, activations, planes, out_dtype)
+    if m >= MMA_ROWS:
+        return launch_packed_mma(name, activations, planes, out_dtype, **options)
     xq, xs, xsum = activations
     y = xs.new_empty((m, n), dtype=out_dtype)
     tile = matvec_tile(name, k, m) | options

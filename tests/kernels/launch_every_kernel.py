@@ -43,6 +43,8 @@ def packed() -> None:
             getattr(torch.ops.gemma4, f"{name}_matvec")(*quantize_activations(x), *weight.planes)
             getattr(linear, f"{name}_linear")(x, *weight.planes)
         dequantize_planes(name, weight.planes, torch.bfloat16)
+    long = make_weight("q8_0", 33, 8192, "cuda")
+    torch.ops.gemma4.q8_0_matvec(*quantize_activations(make_rows(8, 8192, torch.bfloat16, "cuda")), *long.planes)
 
 
 def rows() -> None:
