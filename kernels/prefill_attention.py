@@ -113,7 +113,7 @@ def _out_columns(offs_v, D: tl.constexpr, R: tl.constexpr):
     """Where the columns of a value belong in the output."""
     if R == 0:
         return offs_v
-    return tl.max_contiguous(tl.multiple_of(natural_column(offs_v, D, R), 4), 4)
+    return natural_column(offs_v, D, R)
 
 
 @triton.jit

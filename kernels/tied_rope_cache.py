@@ -94,9 +94,11 @@ def tied_norm_rope_reference(
 
 @triton.jit
 def natural_column(place, D: tl.constexpr, R: tl.constexpr):
-    """The dimension that stands at `place` of tied order."""
-    turned = tl.where(place < R // 2, place, place - R // 2 + D // 2)
-    return tl.where(place < R, turned, tl.where(place < D // 2 + R // 2, place - R // 2, place))
+    """The dimensions that stand at consecutive places of tied order, from a multiple of R / 2 on."""
+    RUN: tl.constexpr = R // 2
+    turned = tl.where(place < RUN, place, place - RUN + D // 2)
+    column = tl.where(place < R, turned, tl.where(place < D // 2 + RUN, place - RUN, place))
+    return tl.max_contiguous(tl.multiple_of(column, RUN), RUN)  # for wide stores
 
 
 @triton.jit
