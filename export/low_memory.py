@@ -40,6 +40,7 @@ PATCHED_NAMES: Final = (
 # Module, attribute: what is called.
 CALLED_NAMES: Final = (
     ("torch._C._aoti", "AOTIModelPackageLoader"),
+    ("torch.compiler", "_is_compiling_flag"),
     ("torch._inductor", "aot_compile"),
     ("torch._inductor.package", "package_aoti"),
 )
@@ -171,7 +172,12 @@ def compile_method(program: ExportedProgram) -> list[Any]:
         "aot_inductor.compile_wrapper_opt_level": "O0",
     }
     args, kwargs = program.example_inputs or ((), {})
-    files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True  # our operators' bodies are traced here: no launch options of eager runs
+    try:
+        files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
+    finally:
+        torch.compiler._is_compiling_flag = before
     return files
 
 

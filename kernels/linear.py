@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 
 from gemma4.kernels.activations import launch_quantize_activations
@@ -101,7 +101,7 @@ def _linear(name: str, kernel: Any, x: Tensor, planes: tuple[Tensor, ...]) -> Te
     n, k = _check(name, x, planes)
     rows = x.reshape(-1, k)
     m = rows.shape[0]
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and guard_or_false(m <= MAX_ROWS) and m > 0:
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and statically_known_true(m <= MAX_ROWS) and m > 0:
         y = launch_packed_matvec(kernel, name, launch_quantize_activations(rows, 2), planes, x.dtype)
     else:
         y = _decoded_linear(name, rows, planes)
