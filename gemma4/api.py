@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma4.cache import KVCache
 from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_ids
 from gemma4.checkpoint import load_model, save_model
-from gemma4.config import Gemma4Config
+from gemma4.config import CacheKind, Gemma4Config
 from gemma4.generate import check_ids, check_room, generate_tokens, prefill
 from gemma4.hf_checkpoint import HFCheckpoint
 from gemma4.model import TextModel
@@ -42,6 +42,7 @@ class Gemma4:
         *,
         path: Path,
         max_seq_len: int,
+        kv_cache: CacheKind = CacheKind.LOSSLESS,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -49,7 +50,8 @@ class Gemma4:
         self.path = path
         self.max_seq_len = min(max_seq_len, model.config.context_length)
         self.sampling = SamplingParams.from_metadata(metadata, path)
-        self._sessions = SessionPool(model, self.max_seq_len)
+        self.kv_cache = kv_cache
+        self._sessions = SessionPool(model, self.max_seq_len, kv_cache)
         self._speculative_loop: SpeculativeLoop | None = None
         self.last_speculation: Speculation | None = None  # of the last generation with a draft; counts while it runs
 
@@ -64,6 +66,7 @@ class Gemma4:
         fuse: bool = True,
         dequantize: bool = False,
         per_layer_table: Literal["device", "host"] = "device",
+        kv_cache: str = CacheKind.LOSSLESS,
     ) -> Gemma4:
         """Opens a GGUF file and loads its weights, packed as they are stored.
 
@@ -73,9 +76,12 @@ class Gemma4:
         dequantize: hold dense weights in `dtype`; more memory, faster on a CPU.
         per_layer_table: where the per-layer embeddings of E2B and E4B are kept for a GPU, on it or in pinned host
         memory, of which each token reads one row.
+        kv_cache: how full-attention layers keep keys and values, "lossless", "turboquant" (6 bits a number) or
+        "turboquant-4bit"; see `CacheKind`. Sliding layers keep them in `dtype`.
         Raises a Gemma4Error that names the file and what is wrong with it; DoesNotFitError before anything is loaded.
         """
         device, dtype = placement(device, dtype)
+        kind = CacheKind(kv_cache)
         with GGUFFile.open(path) as file:
             model, plan = open_model(
                 file,
@@ -85,8 +91,9 @@ class Gemma4:
                 fuse=fuse,
                 dequantize=dequantize,
                 per_layer_table=per_layer_table,
+                kv_cache=kind,
             )
-            return cls(model, plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
+            return cls(model, plan, file.metadata, path=file.path, max_seq_len=max_seq_len, kv_cache=kind)
 
     @classmethod
     def from_pretrained(
@@ -97,17 +104,26 @@ class Gemma4:
         dtype: torch.dtype | None = None,
         max_seq_len: int = 4096,
         per_layer_table: Literal["device", "host"] = "device",
+        kv_cache: str = CacheKind.LOSSLESS,
     ) -> Gemma4:
         """Opens a directory with a Hugging Face Gemma 4 checkpoint (`config.json`, `model*.safetensors`, tokenizer).
 
         Weights are kept as they are stored: bfloat16, float16 or float32. Arguments and errors as `from_gguf`.
         """
         device, dtype = placement(device, dtype)
+        kind = CacheKind(kv_cache)
         with HFCheckpoint.open(path) as file:
             model, plan = open_model(
-                file, device, dtype, max_seq_len, fuse=False, dequantize=False, per_layer_table=per_layer_table
+                file,
+                device,
+                dtype,
+                max_seq_len,
+                fuse=False,
+                dequantize=False,
+                per_layer_table=per_layer_table,
+                kv_cache=kind,
             )
-            return cls(model, plan, file.metadata, path=file.path, max_seq_len=max_seq_len)
+            return cls(model, plan, file.metadata, path=file.path, max_seq_len=max_seq_len, kv_cache=kind)
 
     @classmethod
     def from_packed(
@@ -117,11 +133,13 @@ class Gemma4:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         max_seq_len: int = 4096,
+        kv_cache: str = CacheKind.LOSSLESS,
     ) -> Gemma4:
         """Opens a file of `save_packed`, arguments as `from_gguf`; on a CPU weights are views on the mapped file."""
         device, dtype = placement(device, dtype)
-        model, plan, metadata = load_model(path, dtype, device, max_seq_len)
-        return cls(model.eval(), plan, metadata, path=Path(path), max_seq_len=max_seq_len)
+        kind = CacheKind(kv_cache)
+        model, plan, metadata = load_model(path, dtype, device, max_seq_len, kind)
+        return cls(model.eval(), plan, metadata, path=Path(path), max_seq_len=max_seq_len, kv_cache=kind)
 
     def forget(self) -> None:
         """Drops the keys and values of the last generation, and the memory they take."""
@@ -174,7 +192,7 @@ class Gemma4:
         check_ids(ids, self.config.vocab_size)
         if len(ids) > self.max_seq_len:
             raise ContextError(f"found {len(ids)} tokens, max_seq_len is {self.max_seq_len}", field="ids")
-        cache = KVCache(self.config, len(ids), self.model.dtype, self.device)
+        cache = KVCache(self.config, len(ids), self.model.dtype, self.device, self.kv_cache)
         return prefill(self.model, cache, ids, all_logits=True)
 
     def generate_ids(

@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from gemma4.config import Gemma4Config
+from gemma4.config import CacheKind, Gemma4Config
 from gemma4.model import TextModel
 from gemma4.opening import require_memory
 from gemma4.quant.dense import F32Tensor
@@ -56,9 +56,9 @@ def save_model(path: str | Path, model: TextModel, plan: LoadPlan, metadata: Map
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype, device: torch.device, max_seq_len: int
+    path: str | Path, dtype: torch.dtype, device: torch.device, max_seq_len: int, kv_cache: CacheKind
 ) -> tuple[TextModel, LoadPlan, dict[str, Any]]:
-    """Model, plan and GGUF metadata of a file of `save_model`, for generations of max_seq_len tokens.
+    """Model, plan and GGUF metadata of a file of `save_model`, for generations of max_seq_len tokens in such a cache.
 
     Raises a Gemma4Error that names what is wrong; DoesNotFitError before anything is moved to a GPU.
     """
@@ -68,7 +68,7 @@ def load_model(
     plan = _parse(_PLAN_JSON.validate_json, strings, _PLAN, path)
     metadata = _parse(_METADATA_JSON.validate_json, strings, _METADATA, path)
     _check_weights(plan, tensors, path)
-    require_memory(config, plan, device, dtype, max_seq_len, path)
+    require_memory(config, plan, device, dtype, max_seq_len, path, kv_cache)
     try:
         model = TextModel(config, plan, dtype, device)
     except MissingTensorError as error:

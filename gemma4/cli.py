@@ -162,10 +162,11 @@ def generate(
     device: Device = None,
     dtype: DTypeOption = None,
     max_seq_len: MaxSeqLen = 4096,
+    kv_cache: KVCache = CacheKind.LOSSLESS,
     dequantize: Dequantize = False,
     no_fuse: NoFuse = False,
     draft: Draft = None,
-    num_draft_tokens: NumDraftTokens = 4,
+    num_draft_tokens: NumDraftTokens = 2,
     stats: Annotated[
         bool | None,
         typer.Option("--stats/--no-stats", help="Speed and memory, on stderr. Default: if that is a terminal."),
@@ -175,7 +176,7 @@ def generate(
     """Continue a text. Only the continuation goes to stdout."""
     text = _prompt(prompt, prompt_file)
     text_options = _text_options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, num_draft_tokens)
-    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse, draft)
+    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse, draft, kv_cache)
     from gemma4 import measured_run
 
     run = measured_run.Run.load(file, load_options)
@@ -212,14 +213,15 @@ def chat(
     device: Device = None,
     dtype: DTypeOption = None,
     max_seq_len: MaxSeqLen = 4096,
+    kv_cache: KVCache = CacheKind.LOSSLESS,
     dequantize: Dequantize = False,
     no_fuse: NoFuse = False,
     draft: Draft = None,
-    num_draft_tokens: NumDraftTokens = 4,
+    num_draft_tokens: NumDraftTokens = 2,
 ) -> None:
     """Talk to a model. On a pipe, each line of input is a message; only answers go to stdout."""
     text_options = _text_options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, num_draft_tokens)
-    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse, draft)
+    load_options = _load_options(device, dtype, max_seq_len, dequantize, no_fuse, draft, kv_cache)
     from gemma4.measured_run import Run
     from gemma4.terminal_chat import Conversation, chat_loop
 
@@ -274,7 +276,13 @@ def _text_options(
 
 
 def _load_options(
-    device: str | None, dtype: DType | None, max_seq_len: int, dequantize: bool, no_fuse: bool, draft: Path | None
+    device: str | None,
+    dtype: DType | None,
+    max_seq_len: int,
+    dequantize: bool,
+    no_fuse: bool,
+    draft: Path | None,
+    kv_cache: CacheKind,
 ) -> LoadOptions:
     import torch
 
@@ -289,4 +297,4 @@ def _load_options(
     if place is not None and place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise typer.BadParameter(f"found {device!r}, this machine has {torch.cuda.device_count()} CUDA devices")
     dtypes = {None: None, DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
-    return LoadOptions(place, dtypes[dtype], max_seq_len, not no_fuse, dequantize, draft)
+    return LoadOptions(place, dtypes[dtype], max_seq_len, not no_fuse, dequantize, draft, kv_cache)

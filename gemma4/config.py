@@ -59,6 +59,10 @@ class CacheKind(StrEnum):
     TURBOQUANT = "turboquant"
     TURBOQUANT_4BIT = "turboquant-4bit"
 
+    @classmethod
+    def _missing_(cls, value: object) -> CacheKind:
+        raise ValueError(f"kv_cache: found {value!r}, expected {', '.join(cls)}")
+
     @property
     def bits(self) -> int:
         """Bits of a code; 0 for no codes."""

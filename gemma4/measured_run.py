@@ -12,6 +12,7 @@ import torch
 from rich.filesize import decimal
 
 from gemma4.api import Gemma4
+from gemma4.config import CacheKind
 from gemma4.drafter import Drafter
 from gemma4.printable import printable
 from gemma4.sampling import SamplingParams
@@ -29,6 +30,7 @@ class LoadOptions:
     fuse: bool
     dequantize: bool
     draft: Path | None = None
+    kv_cache: CacheKind = CacheKind.LOSSLESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Run:
             max_seq_len=options.max_seq_len,
             fuse=options.fuse,
             dequantize=options.dequantize,
+            kv_cache=options.kv_cache,
         )
         drafter = None
         if options.draft is not None:

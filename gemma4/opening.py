@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from gemma4.config import Gemma4Config
+from gemma4.config import CacheKind, Gemma4Config
 from gemma4.mapping import PER_LAYER_TABLE, plan_load
 from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, check_fits
 from gemma4.model import TextModel
@@ -41,6 +41,7 @@ def open_model(
     fuse: bool,
     dequantize: bool,
     per_layer_table: Literal["device", "host"],
+    kv_cache: CacheKind,
 ) -> tuple[TextModel, LoadPlan]:
     """The model of an open file, its weights loaded; arguments as those of `Gemma4.from_gguf`.
 
@@ -54,7 +55,7 @@ def open_model(
         plan = plan.dense(_DENSE_TYPES[dtype])
     if per_layer_table == "host":
         plan = plan.with_host_memory(PER_LAYER_TABLE)
-    require_memory(config, plan, device, dtype, max_seq_len, file.path)
+    require_memory(config, plan, device, dtype, max_seq_len, file.path, kv_cache)
     model = TextModel(config, plan, dtype, device)
     with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
         load_weights(model, plan, file, device, progress)
@@ -62,11 +63,17 @@ def open_model(
 
 
 def require_memory(
-    config: Gemma4Config, plan: LoadPlan, device: torch.device, dtype: torch.dtype, max_seq_len: int, path: Path
+    config: Gemma4Config,
+    plan: LoadPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    path: Path,
+    kv_cache: CacheKind,
 ) -> None:
     """Raises DoesNotFitError where a GPU has too little for a generation of max_seq_len tokens. Elsewhere nothing."""
     if device.type == "cuda":
-        memory = MemoryModel(config, plan, itemsize=dtype.itemsize)
+        memory = MemoryModel(config, plan, kv_cache, itemsize=dtype.itemsize)
         check_fits(memory, min(max_seq_len, config.context_length), available_gpu_bytes(device), path)
 
 
