@@ -1,11 +1,12 @@
 """Speculative decoding (Leviathan et al., arXiv 2211.17192): guess several tokens, check them all in one pass.
 
-A round drafts k tokens after the last known one, runs these k + 1 through the model, and takes from each position the
+A round drafts k tokens after the last known one, runs these k + 1 through the model (on a GPU at most MMA_ROWS - 1 in
+one pass), and takes from each position the
 token that plain decoding would take there. Tokens stand as long as the draft foresaw them; the first that it did not
 is the model's own and ends the round. So a round yields 1 to k + 1 tokens and its result never depends on the draft:
 
-- greedy, the text is that of plain decoding, bit for bit of its logits: in a pass of up to MAX_ROWS tokens every row
-  is computed as if it were alone (`gemma4.kernels.linear.dense_linear`, the packed matvecs, attention row by row);
+- greedy, the text is that of plain decoding, by the same bits of its logits: in such a pass every row is computed as if
+  it were alone (`gemma4.kernels.linear.dense_linear`, the packed matvecs, attention row by row);
 - with a temperature, the distribution is. Drafts are certain guesses, for which accepting a draft with its probability
   and else choosing among the other tokens is the same as to sample first and compare then.
 
@@ -27,13 +28,14 @@ from gemma4.cache import AttentionCache, HeadTransform, KVCache
 from gemma4.decode_loop import DecodeLoop
 from gemma4.generate import check_room, prefill
 from gemma4.kernels.fused_norm import rms_norm_reference
-from gemma4.kernels.packed_matvec import MAX_ROWS
+from gemma4.kernels.packed_matvec import MAX_ROWS, MMA_ROWS
 from gemma4.model import TextModel
 from gemma4.quant.linear import Rows
 from gemma4.rows import RowMaker
 from gemma4.session import TokenHistory
 
-NUM_DRAFT_TOKENS: Final = 4
+NUM_DRAFT_TOKENS: Final = 2
+"""Drafts of a round unless told otherwise: as many as a GPU checks in one pass."""
 
 
 class Draft(Protocol):
@@ -129,6 +131,11 @@ class SpeculativeLoop(DecodeLoop):
     def state(self) -> tuple[Tensor, ...]:
         return self.token, self.position, self.hidden
 
+    @property
+    def rows_at_once(self) -> int:
+        """How many tokens one pass checks: from MMA_ROWS on a GPU sums in another order than in plain decoding."""
+        return MMA_ROWS - 1 if self.token.is_cuda else MAX_ROWS
+
     def prefill(self, ids: Sequence[int], start: int, seed: int) -> None:
         """Runs ids[start:], the part of a prompt that the cache lacks, and picks the first new token."""
         model, chunk = self.model, self.cache.chunk_size
@@ -169,9 +176,8 @@ class SpeculativeLoop(DecodeLoop):
         drafts = self.draft.propose(self.token, self.hidden, self.position, self.cache, count)
         tokens = torch.cat((self.token, drafts))
         positions = self.position + torch.arange(count + 1, device=tokens.device)
-        make = self.model.rows_for(count + 1)
-        h, y = self.model.run(tokens, positions, self._caches, make)
-        logits, h = self.model.head(h, y, make)
+        pieces = zip(*(torch.split(x, self.rows_at_once) for x in (tokens, positions)), strict=True)
+        logits, h = (torch.cat(parts) for parts in zip(*(self._check(*piece) for piece in pieces), strict=True))
         chosen = torch.cat([self._pick(logits[i : i + 1]) for i in range(count + 1)])
         agreed = (chosen[:-1] == drafts).cumprod(0).sum(0, keepdim=True)
         self._results[0:1] = agreed
@@ -179,6 +185,12 @@ class SpeculativeLoop(DecodeLoop):
         self.hidden.copy_(self._normed(h).index_select(0, agreed))
         self.token.copy_(chosen.index_select(0, agreed))
         self.position.add_(agreed + 1)
+
+    def _check(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and residual stream of a few tokens, each with the bits it has in a pass of its own."""
+        make = self.model.rows_for(tokens.shape[0])
+        h, y = self.model.run(tokens, positions, self._caches, make)
+        return self.model.head(h, y, make)
 
     def _normed(self, h: Tensor) -> Tensor:
         norm = self.model.norm
