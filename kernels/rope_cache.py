@@ -27,7 +27,6 @@ from torch.library import triton_op, wrap_triton
 from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
 PREFILL_HEADS = 8  # heads that share the angles of one token where there are tokens enough to fill the device
-DECODE_TOKENS = 32
 TWO_PI = tl.constexpr(2.0 * math.pi)
 
 # ---------------------------------------------------------------------------------------------------- reference
