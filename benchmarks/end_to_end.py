@@ -1,6 +1,7 @@
 """Times a model on one GPU: load, prefill, and decode against context. A table first, one JSON line last.
 
-usage: python benchmarks/end_to_end.py FILE [--contexts 512,2048,8192,32768] [--prompts 2048,8192] [--profile]
+usage: python benchmarks/end_to_end.py FILE [--kv-cache turboquant] [--profile]
+           [--contexts 512,2048,8192,32768] [--prompts 2048,8192]
 
 Decode replays the captured step at each context, with caches full of random keys and values: its cost depends on the
 position, not on the values. Times are medians, with weights far larger than the L2 cache in between.
@@ -19,6 +20,7 @@ import torch
 
 from gemma4 import Gemma4, __version__
 from gemma4.cache import KVCache
+from gemma4.config import CacheKind
 from gemma4.decode_loop import DecodeLoop
 from gemma4.generate import prefill
 from gemma4.memory_plan import MemoryModel
@@ -71,7 +73,8 @@ def measure_memory(model: Gemma4) -> dict[str, int]:
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    plan = MemoryModel(model.config, model.plan, itemsize=model.model.dtype.itemsize).at(model.max_seq_len)
+    memory_model = MemoryModel(model.config, model.plan, model.kv_cache, model.model.dtype.itemsize)
+    plan = memory_model.at(model.max_seq_len)
     prompt = torch.randint(0, model.config.vocab_size, (min(3 * plan.chunk + 5, plan.context - 8),)).tolist()
     model.generate_ids(prompt, 8, eog_ids=frozenset())
     free, total = torch.cuda.mem_get_info()
@@ -91,7 +94,7 @@ def measure_memory(model: Gemma4) -> dict[str, int]:
 @torch.inference_mode()
 def time_decode(model: Gemma4, contexts: list[int], params: SamplingParams, steps: int) -> dict[int, float]:
     """Seconds per token at each context."""
-    cache = KVCache(model.config, max(contexts) + 4 * steps + 16, model.model.dtype, model.device)
+    cache = KVCache(model.config, max(contexts) + 4 * steps + 16, model.model.dtype, model.device, model.kv_cache)
     fill(cache)
     loop = DecodeLoop(model.model, cache, params)
     seconds = {}
@@ -108,7 +111,7 @@ def time_prefill(model: Gemma4, prompts: list[int]) -> dict[int, float]:
     seconds = {}
     for length in prompts:
         ids = torch.randint(0, model.config.vocab_size, (length,)).tolist()
-        cache = KVCache(model.config, length, model.model.dtype, model.device)
+        cache = KVCache(model.config, length, model.model.dtype, model.device, model.kv_cache)
         is_long = length > LONG_PROMPT
         runs = timed(lambda c=cache, i=ids: prefill(model.model, c, i), 1 if is_long else 3, is_warm=is_long)
         seconds[length] = statistics.median(runs)
@@ -122,7 +125,7 @@ def profile(model: Gemma4, context: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    cache = KVCache(model.config, max(context + 64, 4096), model.model.dtype, model.device)
+    cache = KVCache(model.config, max(context + 64, 4096), model.model.dtype, model.device, model.kv_cache)
     loop = DecodeLoop(model.model, cache, SamplingParams(temperature=0))
     loop.start(torch.randn(1, model.config.vocab_size, device=model.device), context, seed=0)
     loop.advance()
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="512,2048,8192,32768")
     parser.add_argument("--prompts", default="2048,8192")
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--kv-cache", default=CacheKind.LOSSLESS, choices=list(CacheKind))
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     contexts = [int(c) for c in args.contexts.split(",") if c]
@@ -158,7 +162,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
     begin = time.perf_counter()
-    model = Gemma4.from_gguf(args.file, device="cuda", max_seq_len=max(contexts + prompts) + 256)
+    length = max(contexts + prompts) + 256
+    model = Gemma4.from_gguf(args.file, device="cuda", max_seq_len=length, kv_cache=args.kv_cache)
     torch.cuda.synchronize()
     load_s = time.perf_counter() - begin
     host_bytes = anonymous_bytes()
@@ -199,6 +204,7 @@ def main() -> None:
         "decode_tokens_per_s": {c: 1 / s for c, s in decode.items()},
         "sampled_tokens_per_s": {c: 1 / s for c, s in sampled.items()},
         "prefill_tokens_per_s": {n: n / s for n, s in filled.items()},
+        "kv_cache": model.kv_cache,
         "memory": memory,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
     }

@@ -1,4 +1,4 @@
-"""Plots speed and memory of the 31B in Q4_K_M against context, for both caches, beside llama.cpp and the floor.
+"""Plots speed and memory of the 31B in Q4_K_M against context, for every cache, beside llama.cpp and the floor.
 
 usage: python -m benchmarks.plot_context FOLDER [RESULT.json ...]
 
@@ -25,7 +25,7 @@ LLAMA_CPP = {"F16": {512: 75.7, 2048: 74.6, 8192: 73.4, 32768: 69.5, 126976: 57.
 # Peaks that ExecuTorch's authors give for 128K, in GiB; with its 4-bit cache the lowest of several.
 EXECUTORCH = {"bfloat16 cache": 31.9e9 / 2**30, "4-bit cache": 23.3}
 CONTEXTS = (512, 2048, 8192, 32768, 65536, 131072, 262144)
-COLORS = {CacheKind.LOSSLESS: "C0", CacheKind.TURBOQUANT: "C2"}
+COLORS = {CacheKind.LOSSLESS: "C0", CacheKind.TURBOQUANT: "C2", CacheKind.TURBOQUANT_4BIT: "C4"}
 GIB = 1 << 30
 
 

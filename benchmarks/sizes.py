@@ -23,12 +23,12 @@ matrix). Written by `python -m benchmarks.sizes > docs/sizes.md` from headers wi
 - bits per weight, GB: of all tensors as the file stores them (10^9 bytes).
 - GiB at a context: everything a process takes of the GPU for one generation in bfloat16, as planned: packed weights,
   the caches for all positions, the widest pass, what PyTorch's allocator rounds up, and an allowance of
-  {(CONTEXT_BYTES + RUNTIME_BYTES) / GIB:.2f} GiB for CUDA itself. "turboquant": with `kv_cache="turboquant"`.
+  {(CONTEXT_BYTES + RUNTIME_BYTES) / GIB:.2f} GiB for CUDA. The last columns are at full context, by `kv_cache`.
 - Gemma 4 31B Q4_K_M loads from the page cache to an H100 in 3.9 s ([benchmarks.md](benchmarks.md)); other sizes and
   recipes have not been timed.
 
-| size | recipe | bits per weight | GB | GiB at {SHORT:,} | full context | GiB there | turboquant |
-|---|---|---:|---:|---:|---:|---:|---:|"""
+| size | recipe | bits per weight | GB | GiB at {SHORT:,} | full context | {" | ".join(CacheKind)} |
+|---|---|---:|---:|---:|---:|{"---:|" * len(CacheKind)}"""
 
 
 def row(size: str, recipe: str) -> str:
@@ -36,11 +36,12 @@ def row(size: str, recipe: str) -> str:
     nbytes, weights = sum(t.nbytes for t in tensors), sum(prod(t.shape) for t in tensors)
     config, plan = read_header(size, recipe)
     full = config.context_length
-    lossless, turboquant = (MemoryModel(config, plan, kind) for kind in CacheKind)
-    memory = [(lossless, SHORT), (lossless, full), (turboquant, full)]
-    short, long, quantized = (f"{model.at(context).total_bytes / GIB:.1f}" for model, context in memory)
-    cells = (size, recipe, f"{8 * nbytes / weights:.2f}", f"{nbytes / 1e9:.2f}", short, f"{full:,}", long, quantized)
-    return f"| {' | '.join(cells)} |"
+    short = MemoryModel(config, plan).at(SHORT)
+    memory = [short, *(MemoryModel(config, plan, kind).at(full) for kind in CacheKind)]
+    figures = (8 * nbytes / weights, nbytes / 1e9, *(plan.total_bytes / GIB for plan in memory))
+    formats = ("{:.2f}", "{:.2f}", *("{:.1f}" for _ in memory))
+    cells = [form.format(figure) for form, figure in zip(formats, figures, strict=True)]
+    return f"| {' | '.join((size, recipe, *cells[:3], f'{full:,}', *cells[3:]))} |"
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ import torch
 
 from gemma4 import Gemma4, memory_plan, workspace
 from gemma4.cache import KVCache
-from gemma4.config import CacheKind, Gemma4Config, LayerKind
+from gemma4.config import CacheKind, Gemma4Config
 from gemma4.kernels import linear as linear_ops
-from gemma4.kernels.turboquant import MIN_DIM
+from gemma4.kernels import turboquant
 from gemma4.mapping import plan_load
-from gemma4.memory_plan import _LEAST_TURBOQUANT_DIMS, CONTEXT_BYTES, MemoryModel, kv_tensors, weight_planes
+from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, kv_tensors, weight_planes
 from gemma4.model import TextModel
 from gemma4.quant import linear, loader
 from gemma4.quant.errors import ContextError, DoesNotFitError
@@ -22,8 +22,6 @@ from gemma4.quant.formats import container_for
 from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LOADABLE_TYPES, LoadEntry, LoadPlan
-from gemma4.rope import tied_dims
-from gemma4.turboquant_cache import TurboQuantCache
 from gemma4.workspace import Workspace
 from tests.family_gguf import FULL_SIZE, SHRUNKEN, quantize
 from tests.live_memory import peak_live_bytes
@@ -89,6 +87,7 @@ def test_limits_are_those_of_the_products() -> None:
     assert workspace.ALIGNED_ROWS == linear_ops.ALIGNED_ROWS
     assert workspace.CHUNK_BYTES == linear._CHUNK_BYTES
     assert frozenset(linear.LINEAR_OPS) == workspace.MATVEC_TYPES
+    assert turboquant.MIN_DIM == memory_plan._LEAST_TURBOQUANT_DIMS
     assert (loader.SLICE_BYTES, loader.GPU_WORKERS) == (workspace.LOADER_SLICE_BYTES, workspace.LOADER_WORKERS)
 
 
@@ -107,18 +106,6 @@ def test_caches(header: Header, context: int) -> None:
             assert sorted(sizes) == sorted(tensor.nbytes for tensor in layer.tensors().values())
 
 
-def test_turboquant_caches(header: Header) -> None:
-    config, _ = header
-    assert _LEAST_TURBOQUANT_DIMS == MIN_DIM
-    for layer in config.layers:
-        if layer.kind is LayerKind.FULL and layer.kv_source is None:
-            cache = TurboQuantCache(layer, 100, tied_dims(config, layer), CacheKind.TURBOQUANT.bits, META)
-            planned = kv_tensors(config, layer, CacheKind.TURBOQUANT)
-            assert [100 * size for size in planned] == [tensor.nbytes for tensor in cache.tensors().values()]
-        elif layer.kv_source is None:
-            assert kv_tensors(config, layer, CacheKind.TURBOQUANT) == kv_tensors(config, layer, CacheKind.LOSSLESS)
-
-
 # A pass
 
 
@@ -128,9 +115,11 @@ def on_meta(config: Gemma4Config, plan: LoadPlan) -> TextModel:
     return model
 
 
-def visible_peak(model: TextModel, tokens: int, context: int, device: torch.device) -> int:
+def visible_peak(
+    model: TextModel, tokens: int, context: int, device: torch.device, kv_cache: CacheKind = CacheKind.LOSSLESS
+) -> int:
     """Most bytes alive in a pass of a model, without what ops take inside themselves."""
-    cache = KVCache(model.config, context, model.dtype, device)
+    cache = KVCache(model.config, context, model.dtype, device, kv_cache)
     ids = torch.arange(tokens, device=device)
     known = [*model.parameters(), *(t for layer in cache.own.values() for t in layer.tensors().values())]
     return peak_live_bytes(lambda: model(ids, ids, cache), known)
@@ -147,9 +136,10 @@ def test_tensors_of_a_chunk(header: Header) -> None:
     config, plan = header
     if config.num_experts:
         return  # which experts are chosen depends on values: see the next test
-    planned = MemoryModel(config, plan).at(8192)
-    peak = visible_peak(on_meta(config, plan), planned.chunk, 8192, META)
-    assert peak <= planned.prefill_bytes <= 1.05 * peak
+    for kv_cache in (CacheKind.LOSSLESS, CacheKind.TURBOQUANT):
+        planned = MemoryModel(config, plan, kv_cache).at(8192)
+        peak = visible_peak(on_meta(config, plan), planned.chunk, 8192, META, kv_cache)
+        assert peak <= planned.prefill_bytes <= 1.05 * peak
 
 
 @pytest.mark.usefixtures("without_scratch")
