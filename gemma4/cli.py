@@ -19,6 +19,7 @@ import typer
 
 from gemma4 import __version__
 from gemma4.config import CacheKind
+from gemma4.export.command import export
 from gemma4.printable import printable
 from gemma4.quant.errors import DoesNotFitError, Gemma4Error
 
@@ -241,6 +242,9 @@ def convert(
     from gemma4.hf_export import export_hf
 
     export_hf(file, out, shard_bytes=int(shard_size * 1e9))
+
+
+app.command("export")(export)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
