@@ -1,6 +1,8 @@
 # make demo: install, then run a real model. make test: install, then lint, types and tests. No GPU needed.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Without what they ask for: that serves backends and examples that nothing here uses.
+EXECUTORCH ?= executorch==1.5.1 torchao==0.18.0
 BIN := .venv/bin
 MODEL := .demo/gemma-3-270m-q4_k_m.gguf
 
@@ -12,6 +14,7 @@ $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXECUTORCH)
 	touch $@
 
 $(MODEL): | install

@@ -1,0 +1,190 @@
+"""Verifies what `export_executorch` wrote, as far as a machine without ExecuTorch's CUDA backend can.
+
+program    loads in `executorch.runtime`; its methods and constants read back
+weights    each one in the data file has the bytes of the model's own, and none is missing
+libraries  the library of each CUDA method loads, has the entry points that the backend calls, and needs no symbol
+           but those of the libraries it names and of the backend's shims
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gemma4.export.cuda_weights import CudaMethod
+from gemma4.export.elf import SharedLibrary
+from gemma4.export.executorch_files import DataFile, ProgramFile
+from gemma4.export.methods import MethodName
+from gemma4.quant.errors import MalformedError, MissingTensorError, UnexpectedTensorError
+
+CUDA_BACKEND: Final = "CudaBackend"
+# What ExecuTorch's CUDA backend looks up in a library.
+ENTRY_POINTS: Final = tuple(
+    f"AOTInductorModel{name}"
+    for name in (
+        "ContainerCreateWithDevice",
+        "ContainerDelete",
+        "ContainerGetNumInputs",
+        "ContainerGetNumOutputs",
+        "ContainerRun",
+        "ContainerGetNumConstants",
+        "ContainerGetConstantName",
+        "ContainerGetConstantOriginalFQN",
+        "ContainerUpdateUserManagedConstantBufferPairs",
+    )
+)
+_DTYPES: Final = ("float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_SHIMS: Final = (
+    *("get_data_ptr", "get_sizes", "get_strides", "get_dtype", "get_dim", "get_numel", "get_storage_offset"),
+    *("get_storage_size", "get_device_type", "get_device_index", "layout_strided", "check", "warn"),
+    *("grad_mode_is_enabled", "grad_mode_set_enabled", "device_type_cpu", "device_type_cuda"),
+    *("create_tensor_from_blob", "create_tensor_from_blob_v2", "empty_strided", "empty_strided_pinned"),
+    *("delete_tensor_object", "new_tensor_handle", "clone", "clone_preserve_strides", "_reinterpret_tensor"),
+    *("copy_", "assign_tensors_out", "create_cuda_guard", "delete_cuda_guard", "cuda_guard_set_index"),
+    *("create_cuda_stream_guard", "delete_cuda_stream_guard", "get_current_cuda_stream"),
+    *("cuda_rand", "cuda_randint_low_out", "cuda_sort_stable", "cuda__weight_int4pack_mm"),
+    *(f"dtype_{name}" for name in _DTYPES),
+    *(f"item_{name}" for name in _DTYPES if name not in ("float16",)),
+)
+SHIMS: Final = frozenset(f"aoti_torch_{name}" for name in _SHIMS)
+"""Functions that ExecuTorch's CUDA backend offers to the libraries it loads (its `common_shims` and `shims/*.h`)."""
+_CHUNK_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PteReport:
+    """constants: by name. weight_bytes: of those compared. shims: what the libraries take from the CUDA backend."""
+
+    methods: tuple[str, ...]
+    constants: Mapping[str, tuple[Any, ...]]
+    backends: tuple[str, ...]
+    weights: int
+    weight_bytes: int
+    libraries: int
+    shims: tuple[str, ...]
+
+
+def verify_pte(program: str | Path, data: str | Path, weights: Mapping[str, Tensor]) -> PteReport:
+    """weights: the exported module's parameters and buffers under all of their names.
+
+    Raises MalformedError, MissingTensorError or UnexpectedTensorError, which name the file and what is wrong with it.
+    """
+    program, data = Path(program), Path(data)
+    names, constants = _load(program, data)
+    file, blobs = ProgramFile.open(program), DataFile.open(data)
+    delegates = [delegate for name in MethodName for delegate in file.delegates.get(name, ())]
+    used: set[str] = set()
+    shims: set[str] = set()
+    libraries: set[str] = set()
+    for delegate in delegates:
+        if delegate.backend != CUDA_BACKEND:
+            raise MalformedError(f"found the backend {delegate.backend}, expected {CUDA_BACKEND}", path=program)
+        method = CudaMethod.parse(delegate.payload, program)
+        for weight in method.weights:
+            if "." in weight.name:  # the others are numbers in the graph, which tracing named
+                _compare(weight.name, weights, blobs, weight.key)
+                used.add(weight.name)
+        library = file.named_data.get(method.library) or blobs.blobs.get(method.library)
+        if library is None:
+            raise MalformedError(f"no library {method.library}", path=program)
+        shims |= check_library(library, program)
+        libraries.add(method.library)
+    if not delegates:
+        for name in blobs.blobs:
+            _compare(name, weights, blobs, name)
+            used.add(name)
+    _check_complete(used, weights, data, has_buffers=bool(delegates))
+    return PteReport(
+        methods=tuple(sorted(names & set(MethodName))),
+        constants=constants,
+        backends=tuple(sorted({delegate.backend for delegate in delegates})),
+        weights=len(used),
+        weight_bytes=sum(weights[name].nbytes for name in used),
+        libraries=len(libraries),
+        shims=tuple(sorted(shims)),
+    )
+
+
+def check_library(library: memoryview, path: Path) -> set[str]:
+    """Loads a CUDA method's library and returns the shims it needs. path: named in errors. Raises MalformedError."""
+    parsed = SharedLibrary.parse(library, path)
+    missing = [name for name in ENTRY_POINTS if name not in parsed.defined]
+    if missing:
+        raise MalformedError(f"a library lacks {', '.join(missing)}", path=path)
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(library)
+        file.flush()
+        try:
+            # Functions of the backend are absent here: they must not be looked up before they are called.
+            loaded = ctypes.CDLL(file.name, mode=os.RTLD_LAZY | os.RTLD_LOCAL)
+        except OSError as error:
+            raise MalformedError(f"a library does not load: {error}", path=path) from error
+        # A name is looked up in a library and in all that it needs.
+        unresolved = {name for name in parsed.undefined if not _has(loaded, name.partition("@")[0])}
+    unknown = unresolved - SHIMS
+    if unknown:
+        raise MalformedError(f"a library needs what ExecuTorch lacks: {', '.join(sorted(unknown))}", path=path)
+    return unresolved
+
+
+def _has(library: ctypes.CDLL, name: str) -> bool:
+    try:
+        library[name]
+    except AttributeError:
+        return False
+    return True
+
+
+def _load(program: Path, data: Path) -> tuple[set[str], dict[str, tuple[Any, ...]]]:
+    """Names of all methods, and what those without inputs return."""
+    from executorch.runtime import Runtime
+
+    try:
+        loaded = Runtime.get().load_program(program, data_path=data)
+        names = set(loaded.method_names)
+        missing = set(MethodName) - names
+        if missing:
+            raise MalformedError(f"no method {', '.join(sorted(missing))}", path=program)
+        constants = {name: tuple(loaded.load_method(name).execute([])) for name in sorted(names - set(MethodName))}
+        for name in MethodName:
+            loaded.metadata(name)
+    except RuntimeError as error:
+        raise MalformedError(f"does not load in executorch.runtime: {error}", path=program) from error
+    return names, constants
+
+
+def _compare(name: str, weights: Mapping[str, Tensor], blobs: DataFile, key: str) -> None:
+    if name not in weights:
+        raise UnexpectedTensorError("the model has no such weight", path=blobs.path, field=name)
+    if key not in blobs.blobs:
+        raise MissingTensorError("is not in the data file", path=blobs.path, field=name)
+    blob, at = blobs.blobs[key], 0
+    if len(blob) != weights[name].nbytes:
+        message = f"found {len(blob)} bytes, expected {weights[name].nbytes}"
+        raise MalformedError(message, path=blobs.path, field=name)
+    for chunk in _chunks(weights[name]):
+        if blob[at : at + len(chunk)] != chunk:
+            raise MalformedError("its bytes differ from the model's", path=blobs.path, field=name)
+        at += len(chunk)
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _CHUNK_BYTES):
+        yield memoryview(flat[start : start + _CHUNK_BYTES].cpu().numpy())  # type: ignore[arg-type]
+
+
+def _check_complete(used: set[str], weights: Mapping[str, Tensor], path: Path, *, has_buffers: bool) -> None:
+    """Every weight is there under one of its names. has_buffers: those of the cache, too, are in the data file."""
+    stored = {weights[name].data_ptr() for name in used}
+    for name, tensor in weights.items():
+        if tensor.data_ptr() not in stored and (has_buffers or isinstance(tensor, torch.nn.Parameter)):
+            raise MissingTensorError("is not in the data file", path=path, field=name)

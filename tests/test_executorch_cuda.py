@@ -1,0 +1,126 @@
+"""The `.pte` for ExecuTorch's CUDA backend: all but its compiler, for which something stands in; libraries are read."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma4 import Gemma4
+from gemma4.cache import KVCache
+from gemma4.export.cuda_weights import CudaMethod
+from gemma4.export.elf import SharedLibrary
+from gemma4.export.executorch_cuda import lower_cuda
+from gemma4.export.executorch_files import ProgramFile
+from gemma4.export.executorch_method import constant_methods, runner_methods
+from gemma4.export.verify_pte import CUDA_BACKEND, ENTRY_POINTS, check_library, verify_pte
+from gemma4.quant.errors import MalformedError
+from tests.tiny_gguf import gemma4
+
+
+def library(folder: Path, *, names: tuple[str, ...] = ENTRY_POINTS, calls: str = "aoti_torch_get_data_ptr") -> Path:
+    """A shared library with these functions, the first of which calls another and one of the C library."""
+    source = f"int {calls}(void); int puts(const char *);\n"
+    source += "".join(f'int {name}(void) {{ return {calls}() + puts(""); }}\n' for name in names)
+    path = folder / f"{calls}{len(names)}.wrapper.so"
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-o", str(path), "-"]
+    subprocess.run(command, input=source.encode(), check=True, capture_output=True)
+    return path
+
+
+def test_a_library_is_read_as_the_loader_reads_it(tmp_path: Path) -> None:
+    parsed = SharedLibrary.parse(memoryview(library(tmp_path).read_bytes()))
+    assert set(ENTRY_POINTS) <= parsed.defined
+    assert {"puts", "aoti_torch_get_data_ptr"} <= {name.partition("@")[0] for name in parsed.undefined}
+    assert "libc.so.6" in parsed.needed
+
+
+def test_shims_are_told_from_the_c_library(tmp_path: Path) -> None:
+    path = library(tmp_path)
+    assert check_library(memoryview(path.read_bytes()), path) == {"aoti_torch_get_data_ptr"}
+
+
+def test_what_executorch_lacks_is_named(tmp_path: Path) -> None:
+    path = library(tmp_path, calls="aoti_torch_cuda_mm_out")
+    with pytest.raises(MalformedError, match="lacks: aoti_torch_cuda_mm_out"):
+        check_library(memoryview(path.read_bytes()), path)
+
+
+def test_a_missing_entry_point_is_named(tmp_path: Path) -> None:
+    path = library(tmp_path, names=ENTRY_POINTS[1:])
+    with pytest.raises(MalformedError, match=ENTRY_POINTS[0]):
+        check_library(memoryview(path.read_bytes()), path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 64, 1000])
+def test_cut_libraries_are_refused(tmp_path: Path, size: int) -> None:
+    content = library(tmp_path).read_bytes()[:size]
+    with pytest.raises(MalformedError):
+        SharedLibrary.parse(memoryview(content), tmp_path)
+
+
+def test_own_libraries_resolve() -> None:
+    """Against the dynamic linker: what torch's library does not define, this process can find."""
+    path = Path(torch.__file__).parent / "lib" / "libc10.so"
+    parsed = SharedLibrary.parse(memoryview(path.read_bytes()))
+    loaded = ctypes.CDLL(str(path))
+    for name in sorted(parsed.undefined)[::20]:
+        assert loaded[name]
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """AOTInductor replaced: its library is a C file's, its weights are the program's own. Records what it is given."""
+    from executorch.backends.cuda.cuda_backend import CudaBackend
+    from torch.export.pt2_archive._package_weights import TensorProperties, Weights
+
+    given: list[torch.fx.GraphModule] = []
+
+    def compile_module(module: torch.fx.GraphModule, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> list[Any]:
+        given.append(module)
+        path = library(tmp_path, names=(*ENTRY_POINTS, f"method{len(given)}"))
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        return [str(path), Weights({name: (tensor, TensorProperties(tensor)) for name, tensor in tensors.items()})]
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", compile_module)
+    monkeypatch.setattr(CudaBackend, "move_program_to_device", lambda program, device, specs: program)
+    monkeypatch.setitem(sys.modules, "torchtune", None)
+    return given
+
+
+def test_weights_methods_and_libraries_of_a_cuda_program(tmp_path: Path, stand_in: list[torch.fx.GraphModule]) -> None:
+    torch.set_num_threads(1)
+    types = {"matrix": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
+    sizes = {"layers": 2, "hidden": 256, "ffn": 256, "vocab": 128, "context": 64}
+    gguf = gemma4(types=types, **sizes, heads=4, kv_heads=(2, 1), head_dim=(64, 64)).write(tmp_path / "m.gguf")
+    model = Gemma4.from_gguf(gguf, device="cpu", dtype=torch.float32)
+    methods = runner_methods(model.model, KVCache(model.config, 64, torch.float32))
+    constants = constant_methods(model.model, methods, 64, eos_ids=[3, 5])
+    manager = lower_cuda({str(name): method.export() for name, method in methods.items()}, constants)
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / "model.pte", "wb") as file:
+        manager.write_to_file(file)
+    manager.write_tensor_data_to_file(out)
+
+    weights: dict[str, Tensor] = dict(methods["decode"].named_parameters(remove_duplicate=False))  # type: ignore[index]
+    weights |= dict(methods["decode"].named_buffers(remove_duplicate=False))  # type: ignore[index]
+    report = verify_pte(out / "model.pte", out / "aoti_cuda_blob.ptd", weights)
+    assert report.backends == (CUDA_BACKEND,)
+    assert report.libraries == 2
+    assert report.shims == ("aoti_torch_get_data_ptr",)
+    assert report.constants["get_eos_ids"] == (3, 5)
+    assert report.constants["get_min_prefill_chunk"] == (1,)
+    delegates = ProgramFile.open(out / "model.pte").delegates
+    assert [len(delegates[name]) for name in ("decode", "prefill")] == [1, 1]
+    by_method = [CudaMethod.parse(delegates[name][0].payload) for name in ("decode", "prefill")]
+    assert {w.key for w in by_method[0].weights} == {w.key for w in by_method[1].weights}  # stored once
+    for module in stand_in:
+        ops = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
+        assert any("gemma4" in name and "q4_k" in name for name in ops)
