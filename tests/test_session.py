@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gemma4.generate import generate_tokens, prefill
 from gemma4.quant.errors import ContextError
 from gemma4.sampling import SamplingParams
 from gemma4.session import Session, TokenHistory
+from tests.tiny_gguf import gemma4
 
 WINDOW, RING = 16, 32
 GREEDY = SamplingParams(temperature=0.0)
@@ -221,6 +223,21 @@ def test_generations_at_a_time_have_sessions_of_their_own(model: Gemma4, text: l
     assert [list(ids) for ids in zip(*zip(*streams, strict=True), strict=True)] == expected
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda ids: model.generate_ids(ids, 4), prompts)) == expected
+
+
+def test_a_conversation_in_a_quantized_cache(tmp_path: Path) -> None:
+    path = gemma4(types={"matrix": "F32"}, layers=2).write(tmp_path / "model.gguf")
+
+    def load() -> Gemma4:
+        return Gemma4.from_gguf(path, device="cpu", max_seq_len=100, kv_cache="turboquant")
+
+    model, ids = load(), list(range(40))
+    answer = model.generate_ids(ids, 3)
+    for turn in ([*ids, *answer, 5, 6], [*ids[:-3], 7]):
+        with passes(model) as counts:
+            found = model.generate_ids(turn, 3)
+        assert found == load().generate_ids(turn, 3)
+        assert sum(counts) < 8
 
 
 # The end of the context
