@@ -16,11 +16,11 @@ from gemma4.quant.errors import TemplateError, UnsupportedArchitectureError
 from gemma4.quant.plan import NotLoaded
 from gemma4.tokenizer import tokenizer_from_metadata
 from gemma4.vocabulary import TokenType
-from tests.family_gguf import with_experts, with_per_layer_inputs
+from tests.family_gguf import quantize, with_experts, with_per_layer_inputs
 from tests.tiny_gguf import Model, Sizes, Tensor
 from tests.tiny_vocabulary import FIRST_BYTE, TURN, TURN_END, vocabulary
 
-SIZES = Sizes(4, 256, 256, 4, (2, 2), (64, 128), vocab=320, window=16, context=512, period=2, k_eq_v=False)
+SIZES = Sizes(4, 64, 96, 4, (2, 2), (16, 32), vocab=320, window=16, context=512, period=2, k_eq_v=False)
 NOT_TEXT = {
     "v.patch_embd.weight": Tensor((64, 3, 16, 16), "F16"),
     "v.blk.0.attn_q.weight": Tensor((64, 64), "F16"),
@@ -57,8 +57,8 @@ def blob(model: Model) -> Model:
 
 
 BLOBS = {
-    "E4B": with_per_layer_inputs(SIZES, 2, 256, keeps_unused=True),
-    "26B-A4B": with_experts(SIZES, 4, 2, 64, joined=False),
+    "E4B": quantize(with_per_layer_inputs(SIZES, 2, 32, keeps_unused=True), "Q8_0"),
+    "26B-A4B": quantize(with_experts(SIZES, 4, 2, 32, joined=False), "Q8_0"),
 }
 
 

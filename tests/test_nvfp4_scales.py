@@ -74,10 +74,15 @@ def test_products_are_multiplied_by_the_scales(make: Callable[[], Model], suffix
     name = "blk.0.ffn_up.weight"
     exact = gguf.dequantize(model.encoded(name), gguf.GGMLQuantizationType.NVFP4)
     assert np.array_equal(scaled.weight(name).dequantize().numpy(), exact)
+
+
+def test_scales_go_along_with_saved_and_with_dense_weights(tmp_path: Path) -> None:
+    path = nvfp4(with_experts(K_EQ_V, 4, 2, 64, joined=False)).write(tmp_path / "nvfp4.gguf")
+    scaled = Gemma4.from_gguf(path, device="cpu")
     scaled.save_packed(tmp_path / "saved.safetensors")
     again = Gemma4.from_packed(tmp_path / "saved.safetensors", device="cpu")
     assert torch.equal(again.logits(IDS), scaled.logits(IDS))
-    dense = Gemma4.from_gguf(tmp_path / "nvfp4.gguf", device="cpu", dequantize=True)
+    dense = Gemma4.from_gguf(path, device="cpu", dequantize=True)
     torch.testing.assert_close(dense.logits(IDS), scaled.logits(IDS), rtol=0, atol=1e-4)
 
 
