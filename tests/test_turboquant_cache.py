@@ -1,0 +1,182 @@
+"""`kv_cache="turboquant"` on whole models: the real Gemma 3 270M, and small models of every layout."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma4 import Gemma4
+from gemma4.cache import HeadTransform, KVCache, LayerCache, OwnCache, SharedCache
+from gemma4.config import CacheKind, LayerConfig, LayerKind
+from gemma4.quant.errors import UnsupportedFeatureError
+from gemma4.rows import DenseRows
+from gemma4.turboquant_cache import TurboQuantCache
+
+NEEDLE = "7351942"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models(real_gguf: Path) -> dict[CacheKind, Gemma4]:
+    """One set of weights, read with each kind of cache."""
+    first = Gemma4.from_gguf(real_gguf, device="cpu", dequantize=True)
+    return {
+        kind: Gemma4(first.model, first.plan, first.metadata, path=first.path, max_seq_len=4096, kv_cache=kind)
+        for kind in CacheKind
+    }
+
+
+def test_distribution_over_a_passage(models: dict[CacheKind, Gemma4], data_dir: Path) -> None:
+    ids = json.loads((data_dir / "gemma3-270m.json").read_text())["forced"]["ids"]
+    exact = models[CacheKind.LOSSLESS].logits(ids).log_softmax(-1)
+    found = models[CacheKind.TURBOQUANT].logits(ids).log_softmax(-1)
+    assert 0 < (exact.exp() * (exact - found)).sum(-1).mean() <= 0.005
+
+
+def haystack(model: Gemma4, tokens: int, depth: float) -> list[int]:
+    """Ids of a text of `tokens` tokens that tells a number at `depth` and begins to repeat it at its end."""
+    rng = random.Random(3)
+    things = ("the river", "a stone", "the old mill", "some bread", "the lamp", "her letter", "a quiet street")
+    verbs = ("lay near", "was kept beside", "looked like", "came before", "was older than", "stood behind")
+    encode, needle = model.tokenizer.encode, f" The secret number of the lighthouse is {NEEDLE}. Remember it."
+    question = " What is the secret number of the lighthouse? The secret number of the lighthouse is "
+    room = tokens - len(encode(needle)) - len(encode(question))
+    filler: list[int] = []
+    while len(filler) < room:
+        a, b = rng.sample(things, 2)
+        filler += encode(f" {a.capitalize()} {rng.choice(verbs)} {b}.")[bool(filler) :]
+    at = int(room * depth)
+    return filler[:at] + encode(needle)[1:] + filler[at:room] + encode(question)[1:]
+
+
+@torch.inference_mode()
+def digits_found(model: Gemma4, tokens: int, depth: float) -> int:
+    """How many tokens of the number are the likeliest ones where it has to be told, in a text of `tokens` tokens."""
+    digits = model.tokenizer.encode(NEEDLE)[1:]
+    ids = haystack(model, tokens, depth) + digits
+    assert len(digits) == len(NEEDLE), "a token is a digit"
+    cache = KVCache(model.config, len(ids), model.model.dtype, kind=model.kv_cache)
+    for start in range(0, len(ids), cache.chunk_size):
+        chunk = torch.tensor(ids[start : start + cache.chunk_size])
+        positions = torch.arange(start, start + len(chunk))
+        last = start + len(chunk) == len(ids)
+        logits = model.model(chunk, positions, cache, 8 if last else 0)
+    return int((logits[:-1].argmax(-1) == torch.tensor(digits)).sum())
+
+
+def test_needle_beyond_the_sliding_window(models: dict[CacheKind, Gemma4]) -> None:
+    """Only full layers reach back to the number; a longer haystack is a matter of time, not of another kind."""
+    lossless, turboquant = (digits_found(models[k], 580, 0.05) for k in (CacheKind.LOSSLESS, CacheKind.TURBOQUANT))
+    assert lossless == turboquant == len(NEEDLE)
+
+
+def test_unknown_kind_is_refused(real_gguf: Path) -> None:
+    with pytest.raises(ValueError, match="kv_cache: found 'fp8', expected lossless, turboquant, turboquant-4bit"):
+        Gemma4.from_gguf(real_gguf, device="cpu", kv_cache="fp8")
+
+
+def test_heads_too_small_are_refused(unpacked: Callable[[str], Path]) -> None:
+    model = Gemma4.from_gguf(unpacked("dense-f32.gguf"), device="cpu", kv_cache="turboquant")
+    with pytest.raises(UnsupportedFeatureError, match=r"found heads of 32, .* powers of two from 64 on"):
+        model.logits([1, 2, 3])
+
+
+def test_only_full_layers_are_coded(models: dict[CacheKind, Gemma4]) -> None:
+    config = models[CacheKind.LOSSLESS].config
+    for kind in (CacheKind.TURBOQUANT, CacheKind.TURBOQUANT_4BIT):
+        cache = KVCache(config, 100, torch.float32, kind=kind)
+        for i, layer in cache.own.items():
+            assert isinstance(layer, TurboQuantCache) == (config.layers[i].kind is LayerKind.FULL)
+    exact = KVCache(config, 100, torch.bfloat16).own[5].tensors()
+    coded = KVCache(config, 100, torch.bfloat16, kind=CacheKind.TURBOQUANT).own[5].tensors()
+    assert sum(x.nbytes for x in exact.values()) == 100 * 2 * 256 * 2
+    assert sum(x.nbytes for x in coded.values()) == 100 * 2 * (256 * 6 // 8 + 4)
+
+
+def test_generation_goes_on_from_a_shared_prefix(models: dict[CacheKind, Gemma4]) -> None:
+    model = models[CacheKind.TURBOQUANT]
+    ids = model.tokenizer.encode("The capital of France is")
+    model.forget()
+    first = model.generate_ids(ids, 6, eog_ids=frozenset())
+    longer = model.generate_ids(ids + first[:3], 3, eog_ids=frozenset())
+    assert longer == first[3:]
+
+
+# One layer, on random projections.
+
+SIZES = {"kind": LayerKind.FULL, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 1}
+TIED = LayerConfig(**SIZES, head_dim=256, k_eq_v=True, kv_source=None)
+SEPARATE = LayerConfig(**SIZES, head_dim=128, k_eq_v=False, kv_source=None)
+SCALE = 0.07
+
+
+def projections(layer: LayerConfig, tokens: int) -> tuple[Tensor, Tensor, Tensor | None, HeadTransform]:
+    """Raw q, k and v rows, and what turns them into heads; in a tied layer a quarter of the dimensions turns."""
+    generator = torch.Generator().manual_seed(tokens)
+    dim = layer.head_dim
+    q = torch.randn(tokens, layer.num_attention_heads * dim, generator=generator)
+    k, v = (torch.randn(tokens, layer.num_key_value_heads * dim, generator=generator) for _ in range(2))
+    weights = torch.rand(2, dim, generator=generator) + 0.5
+    inv_freq = 100.0 ** -torch.linspace(0, 1, dim // 2)
+    if layer.k_eq_v:
+        inv_freq[dim // 8 :] = 0
+    return q, k, None if layer.k_eq_v else v, HeadTransform(weights[0], weights[1], inv_freq, 1e-6, True)
+
+
+def attended(cache: OwnCache, layer: LayerConfig, tokens: int, chunk: int) -> Tensor:
+    q, k, v, heads = projections(layer, tokens)
+    make = DenseRows(torch.float32)
+    parts = []
+    for i in range(0, tokens, chunk):
+        part = slice(i, min(i + chunk, tokens))
+        input_pos = torch.arange(part.start, part.stop)
+        rows = cache.attend(q[part], k[part], None if v is None else v[part], heads, input_pos, SCALE, make)
+        cache.commit(input_pos)
+        parts.append(rows[0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("layer", [TIED, SEPARATE], ids=["tied", "separate"])
+def test_chunks_and_single_tokens_agree(layer: LayerConfig) -> None:
+    """A chunk sees its own keys as later tokens will: the sizes of chunks change nothing."""
+    tied = layer.head_dim // 4 if layer.k_eq_v else 0
+    whole, pieces, steps = (
+        attended(TurboQuantCache(layer, 40, tied, 6, torch.device("cpu")), layer, 33, chunk) for chunk in (33, 10, 1)
+    )
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "least"), [(6, 0.999), (4, 0.985)])
+@pytest.mark.parametrize("layer", [TIED, SEPARATE], ids=["tied", "separate"])
+def test_close_to_the_lossless_cache(layer: LayerConfig, bits: int, least: float) -> None:
+    tied = layer.head_dim // 4 if layer.k_eq_v else 0
+    cache = TurboQuantCache(layer, 200, tied, bits, torch.device("cpu"))
+    assert cache.k_codes.shape[-1] == (tied or layer.head_dim) * bits // 8
+    exact = attended(LayerCache(layer, 200, 0, torch.float32, torch.device("cpu")), layer, 200, 200)
+    found = attended(cache, layer, 200, 200)
+    assert torch.cosine_similarity(found, exact, dim=-1).mean() >= least
+
+
+def test_other_layers_read_it() -> None:
+    """Layers without keys of their own see what a layer of their own would."""
+    cache = TurboQuantCache(SEPARATE, 40, 0, 6, torch.device("cpu"))
+    own = attended(cache, SEPARATE, 33, 33)
+    q, _, _, heads = projections(SEPARATE, 33)
+    rows = SharedCache(cache).attend(
+        q, None, None, heads._replace(k_weight=None), torch.arange(33), SCALE, DenseRows(torch.float32)
+    )
+    torch.testing.assert_close(rows[0], own, rtol=1e-4, atol=1e-5)
