@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ from gemma4 import Gemma4
 from gemma4.cache import KVCache
 from gemma4.drafter import Drafter
 from gemma4.generate import prefill
+from gemma4.kernels.activations import quantize_activations
+from gemma4.kernels.gelu_mul import gelu_mul
+from gemma4.kernels.packed_matvec import MMA_ROWS
 from gemma4.model import TextModel
 from gemma4.quant.errors import ContextError
 from gemma4.speculate import SpeculativeLoop, TokenByToken
 from tests.drafter_gguf import drafter_for
 from tests.family_gguf import with_experts, with_per_layer_inputs
+from tests.kernels.packed_cases import NAMES, make_rows, make_weight
 from tests.tiny_gguf import Model, Sizes, Tensor, gemma4
 
 SIZES = Sizes(4, 256, 512, 8, (2, 1), (32, 64), vocab=128, window=16, context=160, period=2)
@@ -28,7 +33,6 @@ TARGETS: dict[str, Callable[[], Model]] = {
     "26B-A4B": lambda: with_experts(SIZES, 8, 2, 256, joined=True),
 }
 PROMPT = list(range(3, 40))
-NEW = 120
 any_target = pytest.mark.parametrize("name", TARGETS)
 
 
@@ -121,14 +125,12 @@ def test_a_pass_of_few_tokens_has_the_bits_of_single_passes(name: str, form: str
                 assert torch.equal(tensor, other_cache.own[i].tensors()[plane])
 
 
-def test_threads_do_not_tell_rows_apart(load: Callable[[str], tuple[Gemma4, Drafter]]) -> None:
-    gate, up = torch.randn(2, 5, 21504).unbind()
+def test_threads_do_not_tell_rows_apart() -> None:
+    gate, up = torch.randn(2, 5, 21504, generator=torch.Generator().manual_seed(0)).unbind()
     torch.set_num_threads(5)
     try:
-        joint = torch.ops.gemma4.gelu_mul(gate, up)
-        assert all(
-            torch.equal(torch.ops.gemma4.gelu_mul(gate[i : i + 1], up[i : i + 1])[0], joint[i]) for i in range(5)
-        )
+        single = torch.cat([gelu_mul(*pair) for pair in zip(gate.split(1), up.split(1), strict=True)])
+        assert torch.equal(gelu_mul(gate, up), single)
     finally:
         torch.set_num_threads(1)
 
@@ -189,6 +191,17 @@ def test_an_end_within_a_round_and_a_next_turn(load: Callable[[str], tuple[Gemma
         assert model.generate_ids(question, 20, draft=second, num_draft_tokens=3) == answer
 
 
+def test_a_quantized_cache(tmp_path: Path) -> None:
+    target = gemma4(replace(SIZES, head_dim=(32, 128)))
+    path = target.write(tmp_path / "model.gguf")
+    model = Gemma4.from_gguf(path, device="cpu", kv_cache="turboquant")
+    drafter = Drafter.from_gguf(drafter_for(target).write(tmp_path / "drafter.gguf"), model)
+    plain = model.generate_ids(PROMPT, 16)
+    for draft in (drafter, Script(plain, len(PROMPT), 0.3)):
+        model.forget()
+        assert model.generate_ids(PROMPT, 16, draft=draft) == plain
+
+
 def test_no_room_and_nothing_to_generate(load: Callable[[str], tuple[Gemma4, Drafter]]) -> None:
     model, drafter = load("31B")
     room = model.max_seq_len - len(PROMPT)
@@ -226,6 +239,19 @@ def test_sampling_keeps_its_distribution(load: Callable[[str], tuple[Gemma4, Dra
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [768, 5376, 21504])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_matvec_have_the_same_bits_alone_on_a_gpu(name: str, k: int) -> None:
+    weight = make_weight(name, 200, k, "cuda")
+    matvec = getattr(torch.ops.gemma4, f"{name}_matvec")
+    rows = make_rows(MMA_ROWS - 1, k, torch.bfloat16, "cuda")
+    joint = matvec(*quantize_activations(rows), *weight.planes, out_dtype=torch.float32)
+    for i in range(len(rows)):
+        alone = matvec(*quantize_activations(rows[i : i + 1]), *weight.planes, out_dtype=torch.float32)
+        assert torch.equal(joint[i], alone[0])
+
+
+@pytest.mark.gpu
 @any_target
 def test_on_a_gpu(tmp_path: Path, name: str) -> None:
     """Rounds as replayed graphs, through the packed kernels."""
@@ -234,5 +260,7 @@ def test_on_a_gpu(tmp_path: Path, name: str) -> None:
     drafter = Drafter.from_gguf(drafter_for(target, kind="Q8_0").write(tmp_path / "drafter.gguf"), model)
     most = 160 - len(PROMPT)
     plain = model.generate_ids(PROMPT, most)
-    for draft in (drafter, Script(plain, len(PROMPT), 0.0)):
-        assert model.generate_ids(PROMPT, most, draft=draft, num_draft_tokens=4) == plain
+    for draft in (drafter, Script(plain, len(PROMPT), 0.2)):
+        for count in (2, 4):
+            model.forget()
+            assert model.generate_ids(PROMPT, most, draft=draft, num_draft_tokens=count) == plain
