@@ -47,6 +47,7 @@ JSON_KEYS = {
     "fused_gate_up",
     "unfused_gate_up",
     "decoded_types",
+    "not_loaded",
     "config",
     "unsupported",
     "metadata",
