@@ -35,8 +35,12 @@ def lower_cuda(programs: Mapping[str, ExportedProgram], constants: ConstantMetho
     def partitioner(name: str) -> CudaPartitioner:
         return CudaPartitioner([CudaBackend.generate_method_name_compile_spec(name), CompileSpec(*_LOW_MEMORY)])
 
+    # Kernels become visible before ExecuTorch makes mutation explicit: it cannot call an operator that mutates.
+    launches = {
+        name: program.run_decompositions({}, decompose_custom_triton_ops=True) for name, program in programs.items()
+    }
     edge = to_edge_transform_and_lower(
-        dict(programs),
+        launches,
         partitioner={name: [partitioner(name)] for name in programs},
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=constants,
