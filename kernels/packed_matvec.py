@@ -26,20 +26,27 @@ MAX_ROWS = 8
 """Most rows M of x that a matvec op takes."""
 MMA_ROWS = 4
 """From this many rows of x on, tensor cores take less time than repeating a matvec's arithmetic."""
+SHORT_ROWS = 4096
+"""A weight of up to this many rows is read by programs that all run at once."""
+SHORT_BYTES = 256
+"""Bytes of it that a thread has in flight before it waits for x."""
 
 
-def matvec_tile(name: str, k: int, m: int) -> dict[str, int]:
+def matvec_tile(name: str, n: int, k: int, m: int) -> dict[str, int]:
     """Tile of a matvec for M = m rows of x: KL lanes and KW warps along K, RL warps along N, R rows of W a thread.
 
     A warp reads neighbouring units of one row, so that its loads are whole lines. KL, KW and the order of steps fix the
     order of the sum over K: they depend on the format and K alone, so that a row does not depend on its neighbours.
-    The weights of EARLY steps are in flight before the activations are awaited: all those of a row of few steps.
+    The weights of EARLY steps are in flight before the activations are awaited: all those of a row of few steps, save
+    where so many registers would keep the programs of a short W from running all at once.
     """
+    fmt = PACKED_FORMATS[name]
     along_k = 4 if k >= 8192 else 1
-    steps = triton.cdiv(k // PACKED_FORMATS[name].unit, 32 * along_k)
+    steps = triton.cdiv(k // fmt.unit, 32 * along_k)
+    rows = 4 if m > 1 else 2  # rows of W share the loads of x, which weigh more the more rows x has
     early = steps if steps <= 3 and m == 1 else 1
-    # Rows of W share the loads of x, which weigh more the more rows x has; from five on registers run out.
-    rows = 4 if 1 < m <= 4 else 2
+    if n <= SHORT_ROWS:
+        early = max(1, min(early, SHORT_BYTES // (rows * fmt.unit_bytes)))
     return {"KL": 32, "RL": 4 // along_k, "KW": along_k, "R": rows, "EARLY": early}
 
 
@@ -107,7 +114,7 @@ def launch_packed_matvec(
         return launch_packed_mma(name, activations, planes, out_dtype, **options)
     xq, xs, xsum = activations
     y = xs.new_empty((m, n), dtype=out_dtype)
-    tile = matvec_tile(name, k, m) | options
+    tile = matvec_tile(name, n, k, m) | options
     pointers = {f"{p.name}_ptr": t for p, t in zip(PACKED_FORMATS[name].planes, planes, strict=True)}
     grid = (triton.cdiv(n, tile["R"] * tile["RL"]),)
     warps = tile["KL"] * tile["RL"] * tile["KW"] // 32

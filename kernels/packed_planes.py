@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ class PackedFormat:
     def unit(self) -> int:
         """Weights that a thread of a matvec takes at a time."""
         return 64 if self.block == 256 else 32
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the planes that hold a unit, or part of it."""
+        return sum(
+            max(1, self.unit // plane.weights) * plane.dtype.itemsize * prod(plane.trailing) for plane in self.planes
+        )
 
 
 _NIBBLES = Plane("qs", torch.uint8, 2)

@@ -94,7 +94,7 @@ def test_a_matvec_fetches_its_weights_and_nothing_else_before_the_wait(name: str
     arguments = (kernel, name, acts, meta(weight.planes), torch.bfloat16)
     before, after = ptx(packed_matvec, "launch_packed_matvec", *arguments)
     assert "st.global" not in before
-    tile = packed_matvec.matvec_tile(name, k, 1)
+    tile = packed_matvec.matvec_tile(name, 2, k, 1)
     assert before.count("ld.global") >= tile["EARLY"] * tile["R"] * len(PACKED_FORMATS[name].planes)
     # Weights are read once and marked so, activations are not.
     assert before.count("ld.global") == before.count("L1::evict_first")
