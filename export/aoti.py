@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gemma4 import __version__
 from gemma4.cache import KVCache
-from gemma4.config import Gemma4Config
+from gemma4.config import CacheKind, Gemma4Config
 from gemma4.export.low_memory import (
     check_torch,
     compile_method,
@@ -84,13 +84,15 @@ def export_aoti(
     out: str | Path,
     *,
     max_seq_len: int = 4096,
+    kv_cache: str = CacheKind.LOSSLESS,
     target: str | None = None,
     on_phase: Callable[[str], None] = lambda _: None,
 ) -> ExportReport:
     """Exports a GGUF file to the directory `out`, which must not exist or be empty.
 
-    max_seq_len: positions a generation may use, at most the model's context. target: "cpu" or the compute capability of
-    this machine's GPU ("sm_90"), by default that GPU's, else "cpu". on_phase: called with the name of each phase.
+    max_seq_len: positions a generation may use, at most the model's context. kv_cache: as in `Gemma4.from_gguf`.
+    target: "cpu" or the compute capability of this machine's GPU ("sm_90"), by default that GPU's, else "cpu".
+    on_phase: called with the name of each phase.
     Compiling reads shapes only: weights and caches take no memory on host or device.
 
     Raises a Gemma4Error that names the file, UnsupportedFeatureError for a target that is not this machine's or a
@@ -109,7 +111,7 @@ def export_aoti(
         for fusion in plan.fusions:
             logger.info("%s", fusion)
         with atomic_directory(out) as folder:
-            methods = _methods(file, config, plan, max_seq_len, dtype, device)
+            methods = _methods(file, config, plan, max_seq_len, CacheKind(kv_cache), dtype, device)
             _compile(methods, folder / PACKAGE, peaks)
             first = methods[MethodName.DECODE]
             state, constants = _split(first, plan)
@@ -126,7 +128,7 @@ def export_aoti(
                 dtype=str(dtype).removeprefix("torch."),
                 max_seq_len=max_seq_len,
                 chunk_size=methods[MethodName.PREFILL].max_tokens,
-                kv_cache="lossless",
+                kv_cache=str(CacheKind(kv_cache)),
                 has_fusion=True,
                 methods=tuple(map(str, methods)),
                 gguf=FileIdentity.of(file),
@@ -150,7 +152,13 @@ def _placement(target: str | None) -> tuple[torch.device, torch.dtype]:
 
 
 def _methods(
-    file: GGUFFile, config: Gemma4Config, plan: LoadPlan, max_seq_len: int, dtype: torch.dtype, device: torch.device
+    file: GGUFFile,
+    config: Gemma4Config,
+    plan: LoadPlan,
+    max_seq_len: int,
+    kv_cache: CacheKind,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Mapping[MethodName, Method]:
     """Both methods over weights and a cache that take no memory."""
     model = TextModel(config, plan, dtype, device).eval()
@@ -160,7 +168,7 @@ def _methods(
                 freed = nn.Parameter(without_storage(parameter, device), requires_grad=False)
                 module.register_parameter(name, freed)
     # On the host zeros that nobody writes take no memory.
-    cache = KVCache(config, max_seq_len, dtype, "cpu")
+    cache = KVCache(config, max_seq_len, dtype, "cpu", kv_cache)
     for layer in cache.own.values():
         for name, tensor in layer.tensors().items():
             setattr(layer, name, tensor.to(device) if bool(tensor.any()) else without_storage(tensor, device))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma4.config import CacheKind
+
 if TYPE_CHECKING:
     from gemma4.export.aoti import ExportReport
 
@@ -29,6 +31,9 @@ def export(
     out: Annotated[Path, typer.Option(help="A directory that does not exist, or is empty.", show_default=False)],
     format_: Annotated[Format, typer.Option("--format", help="pt2: for Python. pte: for ExecuTorch.")] = Format.PT2,
     max_seq_len: Annotated[int, typer.Option(min=1, help="Positions of prompt and answer together.")] = 4096,
+    kv_cache: Annotated[
+        CacheKind, typer.Option("--kv-cache", help="How full layers keep keys and values.")
+    ] = CacheKind.LOSSLESS,
     target: Annotated[
         str | None,
         typer.Option(help="cpu, or the compute capability of this machine's GPU as in sm_90. Default: the GPU's."),
@@ -40,7 +45,7 @@ def export(
     if format_ is Format.PT2:
         from gemma4.export.aoti import export_aoti
 
-        report = export_aoti(file, out, max_seq_len=max_seq_len, target=target, on_phase=phases)
+        report = export_aoti(file, out, max_seq_len=max_seq_len, kv_cache=kv_cache, target=target, on_phase=phases)
     else:
         from gemma4.export.executorch import ExecutorchBackend, export_executorch
 

@@ -1,0 +1,121 @@
+"""Exports a GGUF as `.pt2`, loads it again, and compares with eager: memory, time, logits, tokens, decode speed.
+
+
+Each part runs in a process of its own, so that peaks are its own. A table comes last, after it one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = 300
+
+
+def prompt(vocab_size: int) -> list[int]:
+    return [(i * 7919 + 11) % vocab_size for i in range(PROMPT_TOKENS)]
+
+
+def export(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, Any]:
+    from gemma4.export.aoti import export_aoti
+
+    begin = time.perf_counter()
+    report = export_aoti(
+        file, out, max_seq_len=max_seq_len, on_phase=lambda name: print(f"  {name}", file=sys.stderr, flush=True)
+    )
+    return {
+        "wall_s": time.perf_counter() - begin,
+        "seconds": dict(report.seconds),
+        "artifact_bytes": sum(report.sizes.values()),
+        "peak_host_anonymous_bytes": report.peak_host_bytes,
+        "peak_device_bytes": report.peak_device_bytes,
+    }
+
+
+def run_exported(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    from gemma4.export.runtime import ExportedGemma4
+
+    model = ExportedGemma4.load(out, file)
+    loaded = time.perf_counter()
+    next(iter(model.stream_ids(prompt(model.config.vocab_size)[:8], 1, temperature=0.0)))
+    first = time.perf_counter()
+    compiler = [name for name in ("triton", "torch._inductor", "torch._dynamo") if name in sys.modules]
+    return measure(model, tokens) | {"load_s": loaded - start, "first_token_s": first - start, "compiler": compiler}
+
+
+def run_eager(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, Any]:
+    from gemma4 import Gemma4
+
+    return measure(Gemma4.from_gguf(file, max_seq_len=max_seq_len), tokens)
+
+
+def measure(model: Any, tokens: int) -> dict[str, Any]:
+    """Greedy ids, and logits of the last prompt token and of one token more."""
+    import torch
+
+    ids = prompt(model.config.vocab_size)
+    new_ids = model.generate_ids(ids, tokens)
+    begin = time.perf_counter()
+    model.generate_ids(ids, 1)
+    prefilled = time.perf_counter()
+    model.generate_ids(ids, tokens)
+    decode_s = time.perf_counter() - prefilled - (prefilled - begin)
+    logits = model.logits(ids[:64])
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    torch.save(logits.float().cpu(), f"/tmp/logits-{type(model).__name__}.pt")
+    return {"ids": new_ids, "ms_per_token": 1000 * decode_s / (tokens - 1), "peak_device_bytes": peak}
+
+
+PARTS = {"export": export, "exported": run_exported, "eager": run_eager}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--max-seq-len", type=int, default=131072)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--part", choices=PARTS)
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(PARTS[args.part](args.file, args.out, args.max_seq_len, args.tokens)))
+        return
+    results: dict[str, Any] = {}
+    for part in PARTS:
+        begin = time.perf_counter()
+        command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        print(f"{part}: {time.perf_counter() - begin:.1f} s, exit {done.returncode}", file=sys.stderr, flush=True)
+        if done.returncode:
+            break
+        results[part] = json.loads(done.stdout.splitlines()[-1])
+    if {"exported", "eager"} <= results.keys():
+        compare(results)
+    for part, figures in results.items():
+        for name, value in figures.items():
+            print(f"{part:9} {name:28} {value}")
+    print(json.dumps(results))
+
+
+def compare(results: dict[str, Any]) -> None:
+    import torch
+
+    ours, theirs = (torch.load(f"/tmp/logits-{name}.pt") for name in ("ExportedGemma4", "Gemma4"))
+    cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double())
+    a, b = results["exported"].pop("ids"), results["eager"].pop("ids")
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+    results["compare"] = {
+        "least_cosine": cosine.min().item(),
+        "largest_difference": (ours - theirs).abs().max().item(),
+        "equal_greedy_tokens": f"{same} of {len(a)}",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Compiling without memory: what is freed and what not, what is put back, and private names that may go."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gemma4.export import low_memory
+from gemma4.export.low_memory import PATCHED_NAMES, check_torch, is_without_storage, missing_names, without_storage
+from gemma4.quant.errors import UnsupportedFeatureError
+
+
+class State(nn.Module):
+    """Sixty caches of one shape, and what a quantizer keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(60):
+            self.register_buffer(f"cache_{i}", torch.zeros(1, 2, 8, 4))
+        self.register_buffer("centroids", torch.linspace(-1, 1, 16))
+        self.register_buffer("slice", torch.zeros(8)[2:4])
+
+    def caches(self) -> list[torch.Tensor]:
+        return [self.get_buffer(f"cache_{i}") for i in range(60)]
+
+
+def patched() -> list[Any]:
+    found = []
+    for module, path in PATCHED_NAMES:
+        value = importlib.import_module(module)
+        for name in path.split("."):
+            value = getattr(value, name)
+        found.append(value)
+    return found
+
+
+def test_torch_has_every_private_name() -> None:
+    assert missing_names() == []
+    check_torch()
+
+
+def test_a_renamed_symbol_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch._inductor.graph.is_same_tensor")
+    assert missing_names() == ["torch._inductor.graph.is_same_tensor"]
+    with pytest.raises(UnsupportedFeatureError, match=r"lacks torch\._inductor\.graph\.is_same_tensor"):
+        check_torch()
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.99.0", "3.0"])
+def test_an_unknown_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(UnsupportedFeatureError, match=rf"found torch {version}, export knows 2\.11, 2\.13"):
+        check_torch()
+
+
+def test_zeros_are_freed_and_put_back() -> None:
+    state = State()
+    centroids = state.get_buffer("centroids").clone()
+    with low_memory.low_memory(state):
+        assert all(is_without_storage(cache) for cache in state.caches())
+        assert torch.equal(state.get_buffer("centroids"), centroids)
+        assert torch.equal(state.get_buffer("slice"), torch.zeros(2))
+    for cache in state.caches():
+        assert cache.untyped_storage().nbytes() == 256
+        assert not cache.any()
+
+
+def test_an_exception_leaves_nothing_behind() -> None:
+    state, before = State(), patched()
+
+    def fail() -> None:
+        with low_memory.low_memory(state):
+            assert all(a is not b for a, b in zip(patched(), before, strict=True))
+            raise RuntimeError("compiler")
+
+    with pytest.raises(RuntimeError, match="compiler"):
+        fail()
+    assert patched() == before
+    assert "get_attr" not in vars(importlib.import_module("torch.fx.passes.fake_tensor_prop").FakeTensorProp)
+    assert not any(is_without_storage(cache) or cache.any() for cache in state.caches())
+
+
+def test_a_buffer_with_one_value_stays() -> None:
+    state = State()
+    state.get_buffer("cache_7")[0, 1, 7, 3] = 1.0
+    with low_memory.low_memory(state):
+        assert [is_without_storage(cache) for cache in state.caches()].count(False) == 1
+    assert state.get_buffer("cache_7").sum() == 1
+
+
+def test_freed_tensors_are_told_apart_cloned_and_serialized_as_zeros() -> None:
+    state = State()
+    graph = importlib.import_module("torch._inductor.graph")
+    compile_fx = importlib.import_module("torch._inductor.compile_fx")
+    with low_memory.low_memory(state):
+        first, second = state.caches()[:2]
+        assert graph.is_same_tensor(first, first)
+        assert not graph.is_same_tensor(first, second)
+        centroids = state.get_buffer("centroids")
+        assert graph.is_same_tensor(centroids, centroids.view(16))
+        clone = compile_fx.clone_preserve_strides(first)
+        assert is_without_storage(clone)
+        assert (clone.shape, clone.stride(), clone.dtype) == (first.shape, first.stride(), first.dtype)
+        original = graph.GraphLowering.get_original_value_of_constant
+        constants = {"a": first, "b": centroids}
+        names = {"a": "a", "b": "b"}
+        lowering = SimpleNamespace(constants=constants, allocated_constant_name=names, module=SimpleNamespace(meta={}))
+        assert torch.equal(original(lowering, "a"), torch.zeros(1, 2, 8, 4))
+        assert original(lowering, "b") is centroids
+
+
+def test_without_storage_keeps_everything_but_the_bytes() -> None:
+    like = torch.empty(3, 5, dtype=torch.int8).T
+    freed = without_storage(like, "cpu")
+    assert is_without_storage(freed)
+    assert (freed.shape, freed.stride(), freed.dtype) == (like.shape, like.stride(), like.dtype)
