@@ -28,17 +28,17 @@ def _half2(value: float) -> str:
     return hex((bits & 0xFFFF) * 0x10001)
 
 
-def _shifted(source: str, left: int) -> str:
-    """An instruction that leaves `source`, moved left (right where negative), in `s`; and the name to read."""
+def _moved(source: str, left: int) -> str:
+    """Leaves `source`, moved left (right where negative), in `s`."""
     return f"{'shl' if left > 0 else 'shr'}.b32 s, {source}, {abs(left)}; " if left else f"mov.b32 s, {source}; "
 
 
-def _level(out: int, code: str, code_left: int, fine: int | None, place: int, bits: int) -> str:
-    """PTX of one pair: nibbles of `code` and, with 6 bits, two bits of $10, both moved, to bit `place` of each half."""
+def _level(out: int, code: str, left: int, fine_left: int, place: int, bits: int) -> str:
+    """PTX of one pair: nibbles of `code` and, with 6 bits, two bits of `f`, both moved, to bit `place` of each half."""
     coarse = 0xF << (place + bits - 4)
-    text = _shifted(code, code_left) + f"lop3.b32 t, s, {hex(coarse * 0x10001)}, 0x64006400, 0xEA; "
-    if fine is not None:
-        text += _shifted("$10", fine) + f"lop3.b32 t, s, {hex((3 << place) * 0x10001)}, t, 0xEA; "
+    text = _moved(code, left) + f"lop3.b32 t, s, {hex(coarse * 0x10001)}, 0x64006400, 0xEA; "
+    if bits == 6:
+        text += _moved("f", fine_left) + f"lop3.b32 t, s, {hex((3 << place) * 0x10001)}, t, 0xEA; "
     n = 2**bits
     factor = 2 / (n << place)
     text += f"mov.b32 a, {_half2(factor)}; mov.b32 b, {_half2((1 - n) / n - 1024 * factor)}; "
@@ -47,22 +47,20 @@ def _level(out: int, code: str, code_left: int, fine: int | None, place: int, bi
 
 
 def _body(bits: int) -> str:
-    """PTX of the 16 levels in four bytes of the first half ($8), of the second ($9) and, with 6 bits, of the rest."""
+    """PTX of the levels in four bytes of the first nibbles ($8), of the second ($9) and of the rest ($10)."""
+    four = (("c", 4, 0, 4), ("d", 4, 0, 4), ("c", 0, 0, 4), ("d", 0, 0, 4))
+    six = (("c", 4, 2, 2), ("d", 6, 0, 4), ("c", 0, 0, 2), ("d", 0, -4, 2))
     text = ""
-    for odd in range(2):  # bytes 0 and 2, then 1 and 3
-        down = 8 * odd
-        pairs: list[tuple[str, int, int | None, int]]
-        if bits == 4:
-            pairs = [("$8", 4, None, 4), ("$9", 4, None, 4), ("$8", 0, None, 4), ("$9", 0, None, 4)]
-        else:
-            pairs = [("$8", 4, 2, 2), ("$9", 6, 0, 4), ("$8", 0, 0, 2), ("$9", 0, -4, 2)]
-        for quarter, (code, left, fine, place) in enumerate(pairs):
-            moved = None if fine is None else fine - down
-            text += _level(2 * quarter + odd, code, left - down, moved, place, bits)
+    for pair, spread in enumerate(("0x4140", "0x4342")):  # bytes 0 and 1, then 2 and 3, each in half a register
+        text += f"prmt.b32 c, $8, 0, {spread}; prmt.b32 d, $9, 0, {spread}; "
+        if bits == 6:
+            text += f"prmt.b32 f, $10, 0, {spread}; "
+        for quarter, (code, left, fine_left, place) in enumerate(four if bits == 4 else six):
+            text += _level(2 * quarter + pair, code, left, fine_left, place, bits)
     return text + "}"
 
 
-_HEAD = tl.constexpr("{ .reg .b32 a, b, p, q, s, t, u, w; ")
+_HEAD = tl.constexpr("{ .reg .b32 a, b, c, d, f, p, q, s, t, u, w; ")
 _BODY_4 = tl.constexpr(_body(4))
 _BODY_6 = tl.constexpr(_body(6))
 
@@ -80,12 +78,6 @@ def level(code, BITS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
     u = ((2 * code + 1 - n).to(tl.float32) / n).to(tl.float16)
     w = u * u + _half(P)
     return u * (w * w + _half(Q))
-
-
-@triton.jit
-def exchanged(x, N: tl.constexpr, WIDTH: tl.constexpr):
-    """x [N, WIDTH] with columns 1 and 2 of each four exchanged."""
-    return tl.reshape(tl.permute(tl.reshape(x, (N, WIDTH // 4, 2, 2)), (0, 1, 3, 2)), (N, WIDTH))
 
 
 @triton.jit
@@ -120,11 +112,11 @@ def load_levels(
     if BITS == 6:
         fine = tl.load(at + 2 * WIDTH, mask=mask[:, None], other=0)
     if INTERPRETED:
-        a = exchanged(a, N, WIDTH).to(tl.int32)
-        b = exchanged(b, N, WIDTH).to(tl.int32)
+        a = a.to(tl.int32)
+        b = b.to(tl.int32)
         codes = (a & 15, b & 15, a >> 4, b >> 4)
         if BITS == 6:
-            fine = exchanged(fine, N, WIDTH).to(tl.int32)
+            fine = fine.to(tl.int32)
             codes = (
                 codes[0] * 4 + (fine & 3),
                 codes[1] * 4 + (fine >> 4 & 3),
@@ -136,6 +128,7 @@ def load_levels(
         x2 = level(codes[2], BITS, P, Q)
         x3 = level(codes[3], BITS, P, Q)
     else:
+        # Called impure, or the compiler would decode a tile again for each use in another layout.
         x0, x1, x2, x3 = tl.inline_asm_elementwise(
             _HEAD + f"mov.b32 p, {P}; mov.b32 q, {Q}; " + (_BODY_4 if BITS == 4 else _BODY_6),
             "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",

@@ -64,16 +64,10 @@ def _encode(
     quarter = tl.arange(0, D) // (D // 4)
     half, second = quarter // 2, quarter % 2
     nibbles = tl.sum(tl.reshape((code >> (BITS - 4)) << (4 * half), (2, D // 2)), 0)
-    tl.store(codes_ptr + _exchanged(tl.arange(0, D // 2)), nibbles.to(tl.uint8))
+    tl.store(codes_ptr + tl.arange(0, D // 2), nibbles.to(tl.uint8))
     if BITS == 6:
         fine = tl.sum(tl.reshape((code & 3) << (2 * half + 4 * second), (4, D // 4)), 0)
-        tl.store(codes_ptr + D // 2 + _exchanged(tl.arange(0, D // 4)), fine.to(tl.uint8))
-
-
-@triton.jit
-def _exchanged(i):
-    """Where byte i is stored: 1 and 2 of each four change places."""
-    return (i & ~3) | ((i & 1) << 1) | ((i >> 1) & 1)
+        tl.store(codes_ptr + D // 2 + tl.arange(0, D // 4), fine.to(tl.uint8))
 
 
 @triton.jit

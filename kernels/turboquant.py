@@ -17,7 +17,7 @@ The scale makes a reconstruction's product with its own vector exact (x̂ . x = 
 Storage of a vector, D * bits / 8 bytes, in quarters 0 to 3 of its coordinates. Nibbles first, two codes a byte: byte b
 of the first D / 4 has coordinate b of quarter 0 low and of quarter 2 high, the next D / 4 have quarters 1 and 3. With 6
 bits they are the codes' upper four, and D / 4 bytes follow: byte b has the lower two of coordinate b of quarters 0, 2,
-1 and 3, from bit 0 on. Bytes 1 and 2 of each four are exchanged, the order in which 16-bit lanes unpack.
+1 and 3, from bit 0 on.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def encode(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 6:
         first, second = ((low & 3) | ((high & 3) << 2)).unbind(-2)
         planes.append(first | (second << 4))
-    return torch.cat(planes, -1).unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3), scale
+    return torch.cat(planes, -1), scale
 
 
 def decode(codes: Tensor, scale: Tensor, dim: int) -> Tensor:
@@ -167,11 +167,10 @@ def decode(codes: Tensor, scale: Tensor, dim: int) -> Tensor:
     bits = int(codes.shape[-1]) * 8 // dim
     book = codebook(dim, bits)
     levels = torch.tensor([level / book.gain for level in book.levels(bits)], dtype=torch.float32, device=codes.device)
-    ordered = codes.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3)
-    nibbles = ordered[..., : dim // 2]
+    nibbles = codes[..., : dim // 2]
     code = torch.stack((nibbles & 15, nibbles >> 4), -2)  # [..., half, 2 quarters]
     if bits == 6:
-        fine = ordered[..., dim // 2 :]
+        fine = codes[..., dim // 2 :]
         low = torch.cat((fine & 3, fine >> 4 & 3), -1), torch.cat((fine >> 2 & 3, fine >> 6), -1)
         code = code * 4 + torch.stack(low, -2)
     return levels[code.flatten(-2).int()] * scale[..., None]

@@ -93,8 +93,7 @@ def test_layout(bits: int) -> None:
     packed, _ = encode(y, bits)
     actual = torch.bucketize(y, (levels[1:] + levels[:-1]) / 2).tolist()
     for i, value in enumerate(actual):
-        quarter, at = divmod(i, dim // 4)
-        byte = 4 * (at // 4) + (0, 2, 1, 3)[at % 4]
+        quarter, byte = divmod(i, dim // 4)
         nibble = int(packed[byte + dim // 4 * (quarter % 2)]) >> 4 * (quarter // 2) & 15
         assert nibble == value >> (bits - 4)
         if bits == 6:
