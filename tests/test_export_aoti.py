@@ -1,0 +1,222 @@
+"""A `.pt2` for the CPU from compiler to text: exported, loaded in another process, compared with eager; refusals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+
+from gemma4 import Gemma4
+from gemma4.export import aoti
+from gemma4.export.aoti import ExportError, ExportReport, export_aoti
+from gemma4.export.manifest import MANIFEST, PACKAGE, ArtifactMismatchError
+from gemma4.export.runtime import ExportedGemma4
+from gemma4.quant.atomic_write import FileUnwritableError
+from gemma4.quant.errors import ContextError, FileMissingError, MalformedError, UnsupportedFeatureError
+from tests.tiny_gguf import gemma4
+
+LENGTH = 64
+PROMPT = [5, 6, 7, 8, 11, 40, 2, 99, 300, 17]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    types = {"ffn_gate": "Q4_K", "ffn_up": "Q4_K", "ffn_down": "Q6_K"}
+    return gemma4(layers=2, types=types).write(tmp_path_factory.mktemp("file") / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def exported(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExportReport]:
+    # Plain loops compile fastest.
+    quick = {
+        "cpp.simdlen": 1,
+        "cpp.vec_isa_ok": False,
+        "cpp.threads": 1,
+        "aot_inductor.precompile_headers": False,
+    }
+    with inductor.patch(quick):
+        yield export_aoti(gguf, tmp_path_factory.mktemp("export") / "out", max_seq_len=LENGTH, target="cpu")
+
+
+@pytest.fixture(scope="module")
+def eager(gguf: Path) -> Gemma4:
+    return Gemma4.from_gguf(gguf, device="cpu", max_seq_len=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def loaded(exported: ExportReport, gguf: Path) -> ExportedGemma4:
+    return ExportedGemma4.load(exported.folder, gguf)
+
+
+def test_logits_and_greedy_tokens_equal_eager(loaded: ExportedGemma4, eager: Gemma4) -> None:
+    logits, expected = loaded.logits(PROMPT), eager.logits(PROMPT)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.nn.functional.cosine_similarity(logits, expected).min() > 0.99999
+    assert loaded.generate_ids(PROMPT, 33) == eager.generate_ids(PROMPT, 33)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 31, 32, 33, 60])
+def test_every_length_of_prefill(tokens: int, loaded: ExportedGemma4, eager: Gemma4) -> None:
+    ids = [(i * 37 + 5) % 320 for i in range(tokens)]
+    last = loaded._prefill(ids) if tokens > 1 else loaded._model.methods["prefill"](
+        torch.tensor(ids), torch.arange(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    )[1]  # fmt: skip
+    torch.testing.assert_close(last, eager.logits(ids)[-1:], rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_equals_eager(loaded: ExportedGemma4, eager: Gemma4) -> None:
+    settings: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "seed": 3}
+    assert loaded.generate_ids(PROMPT, 20, **settings) == eager.generate_ids(PROMPT, 20, **settings)
+
+
+def test_both_methods_read_the_same_tensors_and_every_cache(loaded: ExportedGemma4) -> None:
+    decode, prefill = (loaded._model.methods[name] for name in ("decode", "prefill"))
+    shared = decode._constants.keys() & prefill._constants.keys()
+    assert loaded.manifest.state.keys() <= shared
+    assert all(decode._constants[name] is prefill._constants[name] for name in shared)
+    assert len({tensor.data_ptr() for tensor in loaded._state.values()}) == len(loaded.manifest.state) == 3
+
+
+def test_another_process_runs_it_without_a_compiler(exported: ExportReport, gguf: Path, eager: Gemma4) -> None:
+    code = (
+        "import sys, torch\nfrom gemma4.export.runtime import ExportedGemma4\n"
+        f"print(ExportedGemma4.load(sys.argv[1], sys.argv[2]).generate_ids({PROMPT}, 8))\n"
+        "found = {'triton', 'sympy', 'torch._inductor', 'torch._dynamo'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    command = [sys.executable, "-c", code, str(exported.folder), str(gguf)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == eager.generate_ids(PROMPT, 8)
+
+
+def test_the_report_and_the_artifact(exported: ExportReport, gguf: Path) -> None:
+    assert {path.name for path in exported.folder.iterdir()} == set(exported.sizes)
+    assert sum(exported.sizes.values()) < 20e6
+    assert list(exported.seconds) == [
+        "trace decode", "compile decode", "trace prefill", "compile prefill", "package", "trial run"
+    ]  # fmt: skip
+    assert exported.fusions[0] == "fused gate+up on 2 of 2 MLP layers (0 left)"
+    manifest = json.loads((exported.folder / MANIFEST).read_bytes())
+    assert manifest["gguf"]["nbytes"] == gguf.stat().st_size
+    assert manifest["target"] == "cpu"
+
+
+def copy_with(exported: ExportReport, folder: Path, **changes: Any) -> Path:
+    for path in exported.folder.iterdir():
+        (folder / path.name).hardlink_to(path)
+    manifest = json.loads((folder / MANIFEST).read_bytes()) | changes
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("torch", "2.9.1", r"exported with torch 2\.9\.1, here is"),
+        ("library", "9.9", r"exported with library 9\.9, here is"),
+        ("machine", "sparc", "exported with machine sparc, here is"),
+        ("target", "sm_42", "exported for sm_42, here is"),
+        ("format", "other", "found format 'other', expected"),
+    ],
+)
+def test_a_mismatch_is_refused(
+    field: str, value: str, message: str, exported: ExportReport, gguf: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactMismatchError, match=message):
+        ExportedGemma4.load(copy_with(exported, tmp_path, **{field: value}), gguf)
+
+
+def test_another_file_is_refused(exported: ExportReport, gguf: Path, tmp_path: Path) -> None:
+    other = gemma4(layers=2).write(tmp_path / "other.gguf")
+    with pytest.raises(ArtifactMismatchError, match=r"exported from model\.gguf .* found other\.gguf"):
+        ExportedGemma4.load(exported.folder, other)
+    renamed = tmp_path / "renamed.gguf"
+    renamed.write_bytes(gguf.read_bytes())
+    ExportedGemma4.load(exported.folder, renamed)
+
+
+def test_what_is_no_export_is_refused(exported: ExportReport, gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileMissingError, match="not a directory of `gemma4 export`"):
+        ExportedGemma4.load(tmp_path, gguf)
+    folder = copy_with(exported, tmp_path)
+    (folder / PACKAGE).unlink()
+    (folder / PACKAGE).write_bytes(b"PK")
+    with pytest.raises(MalformedError, match="cannot be opened"):
+        ExportedGemma4.load(folder, gguf)
+    (folder / MANIFEST).write_text("[]")
+    with pytest.raises(MalformedError, match="not a manifest"):
+        ExportedGemma4.load(folder, gguf)
+
+
+def test_requests_that_cannot_be_met(gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="found sm_42, this machine"):
+        export_aoti(gguf, tmp_path / "out", target="sm_42")
+    with pytest.raises(ContextError, match="found 9999, expected 32 to 512"):
+        export_aoti(gguf, tmp_path / "out", max_seq_len=9999, target="cpu")
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), FileUnwritableError, "No space left on device"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ExportError, "out of memory on the GPU while compiling"),
+        (MemoryError(), ExportError, "out of memory on the host while compiling"),
+    ],
+)
+def test_a_failure_leaves_nothing(
+    failure: Exception,
+    error: type[Exception],
+    message: str,
+    gguf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(program: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(aoti, "compile_method", fail)
+    with pytest.raises(error, match=message):
+        export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_run_is_not_kept(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial run is another process: here it finds a package that is none."""
+    monkeypatch.setattr(aoti, "compile_method", lambda program: [])
+    monkeypatch.setattr(aoti, "write_package", lambda path, files: path.write_bytes(b"PK"))
+    with pytest.raises(ExportError, match=r"the exported model does not run: .*cannot be opened"):
+        export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_it_leaves_nothing_at_the_path(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys, time\nfrom gemma4.export import aoti\n"
+        "aoti.compile_method = lambda program: print('compiling', flush=True) or time.sleep(60)\n"
+        f"aoti.export_aoti(sys.argv[1], sys.argv[2], max_seq_len={LENGTH}, target='cpu')\n"
+    )
+    command = [sys.executable, "-c", code, str(gguf), str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "compiling\n"
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    # The next export to the same place cleans up.
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(aoti, "compile_method", lambda program: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(ExportError):
+        export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
+    assert list(tmp_path.iterdir()) == []
