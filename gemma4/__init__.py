@@ -7,6 +7,7 @@ print(model.chat([{"role": "user", "content": "hi"}]))
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gemma4.quant.errors import Gemma4Error
@@ -25,3 +26,16 @@ def __getattr__(name: str) -> Any:
 
         return Gemma4
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# `gemma4.export` is a folder without code of its own (it may not be a package named `export`): these are its names.
+_EXPORTERS = {"export_aoti": "aoti", "export_executorch": "executorch", "ExportedGemma4": "runtime"}
+
+
+def _exporter(name: str) -> Any:
+    if name in _EXPORTERS:
+        return getattr(import_module(f"gemma4.export.{_EXPORTERS[name]}"), name)
+    raise AttributeError(f"module 'gemma4.export' has no attribute {name!r}")
+
+
+import_module("gemma4.export").__getattr__ = _exporter  # type: ignore[method-assign]
