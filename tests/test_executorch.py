@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,51 @@ DECODE_STEPS = 32
 Export = tuple[Path, Gemma4]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("executorch")
+# ExecuTorch's own exporters import torchtune; here it cannot be.
+EXPORT = """
+import sys
+import torch
+sys.modules["torchtune"] = None
+from gemma4.export.executorch import export_executorch
+torch.set_num_threads(1)
+gguf, out, max_seq_len = sys.argv[1:]
+export_executorch(gguf, out, backend="portable", max_seq_len=int(max_seq_len), with_logits=True)
+"""
 
 
 @pytest.fixture(scope="module")
-def without_torchtune() -> Iterator[None]:
-    """ExecuTorch's own exporters import it; importing it here fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "torchtune", None)
-        yield
-
-
-def exported(gguf: Path, out: Path, max_seq_len: int) -> Export:
-    torch.set_num_threads(1)
-    export_executorch(gguf, out, backend="portable", max_seq_len=max_seq_len, with_logits=True)
-    return out, Gemma4.from_gguf(gguf, device="cpu", dtype=torch.float32, max_seq_len=max_seq_len)
-
-
-@pytest.fixture(scope="module")
-def golden(unpacked: Callable[[str], Path], folder: Path, without_torchtune: None) -> Export:
-    return exported(unpacked("dense-f32.gguf"), folder / "golden", 112)
-
-
-@pytest.fixture(scope="module")
-def quantized(folder: Path, without_torchtune: None) -> Export:
+def exports(unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
+    """Two models, exported side by side."""
+    folder = tmp_path_factory.mktemp("executorch")
     types = {"matrix": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
     sizes = {"layers": 1, "hidden": 256, "ffn": 256, "vocab": 128, "context": 64, "period": 1}
-    model = gemma4(types=types, **sizes, heads=4, kv_heads=(2, 1), head_dim=(64, 64))
-    return exported(model.write(folder / "quantized.gguf"), folder / "quantized", 64)
+    small = gemma4(types=types, **sizes, heads=4, kv_heads=(2, 1), head_dim=(64, 64))
+    cases = {
+        "golden": (unpacked("dense-f32.gguf"), 112),
+        "quantized": (small.write(folder / "quantized.gguf"), 64),
+    }
+    commands = {
+        name: [sys.executable, "-c", EXPORT, str(gguf), str(folder / name), str(max_seq_len)]
+        for name, (gguf, max_seq_len) in cases.items()
+    }
+    running = {name: subprocess.Popen(command, stderr=subprocess.PIPE) for name, command in commands.items()}
+    for process in running.values():
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    return {
+        name: (folder / name, Gemma4.from_gguf(gguf, device="cpu", dtype=torch.float32, max_seq_len=max_seq_len))
+        for name, (gguf, max_seq_len) in cases.items()
+    }
+
+
+@pytest.fixture
+def golden(exports: dict[str, Export]) -> Export:
+    return exports["golden"]
+
+
+@pytest.fixture
+def quantized(exports: dict[str, Export]) -> Export:
+    return exports["quantized"]
 
 
 def run(method: LoadedMethod, ids: list[int], position: int) -> Tensor:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import libgguf
+import numpy as np
 import pytest
 import torch
 import triton
@@ -16,16 +18,16 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton.backends.compiler import GPUTarget
 
-from gemma4 import Gemma4
-from gemma4.cache import KVCache
 from gemma4.export.cuda_weights import CudaMethod
 from gemma4.export.elf import SharedLibrary
 from gemma4.export.executorch_cuda import lower_cuda
 from gemma4.export.executorch_files import ProgramFile
-from gemma4.export.executorch_method import constant_methods, runner_methods
 from gemma4.export.verify_pte import CUDA_BACKEND, ENTRY_POINTS, check_library, verify_pte
 from gemma4.quant.errors import MalformedError
-from tests.tiny_gguf import gemma4
+from gemma4.quant.formats import QuantTensor, container_for
+from gemma4.quant.ggml_types import GGMLType
+from gemma4.quant.linear import Linear
+from gemma4.quant.packed_weight import PackedWeight
 
 
 def library(folder: Path, *, names: tuple[str, ...] = ENTRY_POINTS, calls: str = "aoti_torch_get_data_ptr") -> Path:
@@ -98,33 +100,57 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.G
     return given
 
 
+class Step(torch.nn.Module):
+    """A packed product and a cache: all that a method is made of, small."""
+
+    def __init__(self, weight: QuantTensor) -> None:
+        super().__init__()
+        packed = PackedWeight(weight.ggml_type, weight.shape)
+        packed.assign(weight)
+        self.model = Linear(packed, torch.float32)
+        self.cache = torch.nn.Module()
+        self.cache.register_buffer("k", torch.zeros(16, weight.shape[1]))
+
+    def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
+        keys = self.cache.get_buffer("k")
+        keys.index_copy_(0, input_pos, x)
+        return self.model((x + keys.sum(0),))
+
+
 def test_weights_methods_and_libraries_of_a_cuda_program(tmp_path: Path, stand_in: list[torch.fx.GraphModule]) -> None:
-    torch.set_num_threads(1)
-    types = {"matrix": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
-    sizes = {"layers": 1, "hidden": 256, "ffn": 256, "vocab": 128, "context": 64, "period": 1}
-    gguf = gemma4(types=types, **sizes, heads=4, kv_heads=(2, 1), head_dim=(64, 64)).write(tmp_path / "m.gguf")
-    model = Gemma4.from_gguf(gguf, device="cpu", dtype=torch.float32)
-    methods = runner_methods(model.model, KVCache(model.config, 64, torch.float32))
-    constants = constant_methods(model.model, methods, 64, eos_ids=[3, 5])
-    manager = lower_cuda({str(name): method.export() for name, method in methods.items()}, constants)
+    values = np.random.default_rng(0).standard_normal((8, 256), dtype=np.float32)
+    blocks = torch.from_numpy(libgguf.quantize_rows(values, GGMLType.Q4_K).view(np.uint8))
+    weight = container_for(GGMLType.Q4_K).from_blocks(blocks, 256)
+    step = Step(weight)
+    with torch.no_grad():
+        decode = torch.export.export(step, (torch.zeros(1, 256), torch.zeros(1, dtype=torch.int64)), strict=False)
+        shapes = {0: torch.export.Dim("tokens", min=1, max=16)}
+        inputs = (torch.zeros(12, 256), torch.arange(12))
+        prefill = torch.export.export(step, inputs, dynamic_shapes=(shapes, shapes), strict=False)
+    manager = lower_cuda({"decode": decode, "prefill": prefill}, {"get_min_prefill_chunk": 1, "get_eos_ids": [3, 5]})
     out = tmp_path / "out"
     out.mkdir()
     with open(out / "model.pte", "wb") as file:
         manager.write_to_file(file)
     manager.write_tensor_data_to_file(out)
 
-    weights: dict[str, Tensor] = dict(methods["decode"].named_parameters(remove_duplicate=False))  # type: ignore[index]
-    weights |= dict(methods["decode"].named_buffers(remove_duplicate=False))  # type: ignore[index]
+    weights = {f"model.weight.{name}": plane for name, plane in weight.planes_dict().items()}
+    weights["cache.k"] = torch.zeros(16, 256)
     report = verify_pte(out / "model.pte", out / "aoti_cuda_blob.ptd", weights)
     assert report.backends == (CUDA_BACKEND,)
+    assert report.methods == ("decode", "prefill")
     assert report.libraries == 2
     assert report.shims == ("aoti_torch_get_data_ptr",)
-    assert report.constants["get_eos_ids"] == (3, 5)
-    assert report.constants["get_min_prefill_chunk"] == (1,)
+    assert report.constants == {"get_eos_ids": (3, 5), "get_min_prefill_chunk": (1,)}
+    assert report.weights == 4
     delegates = ProgramFile.open(out / "model.pte").delegates
     assert [len(delegates[name]) for name in ("decode", "prefill")] == [1, 1]
     by_method = [CudaMethod.parse(delegates[name][0].payload) for name in ("decode", "prefill")]
-    assert {w.key for w in by_method[0].weights} == {w.key for w in by_method[1].weights}  # stored once
+    stored = [{w.key for w in method.weights if "." in w.name} for method in by_method]
+    assert stored[0] == stored[1]  # once for both
+    weights["model.weight.qs"] = weights["model.weight.qs"] ^ 1
+    with pytest.raises(MalformedError, match=r"model\.weight\.qs: its bytes differ"):
+        verify_pte(out / "model.pte", out / "aoti_cuda_blob.ptd", weights)
 
 
 @triton.jit
