@@ -24,7 +24,7 @@ matrix). Written by `python -m benchmarks.sizes > docs/sizes.md` from headers wi
 - GiB at a context: everything a process takes of the GPU for one generation in bfloat16, as planned: packed weights,
   the caches for all positions, the widest pass, what PyTorch's allocator rounds up, and an allowance of
   {(CONTEXT_BYTES + RUNTIME_BYTES) / GIB:.2f} GiB for CUDA. The last columns are at full context, by `kv_cache`.
-- Gemma 4 31B Q4_K_M loads from the page cache to an H100 in 3.9 s ([benchmarks.md](benchmarks.md)); other sizes and
+- Gemma 4 31B Q4_K_M loads from the page cache to an H100 in 2.2 s ([benchmarks.md](benchmarks.md)); other sizes and
   recipes have not been timed.
 
 | size | recipe | bits per weight | GB | GiB at {SHORT:,} | full context | {" | ".join(CacheKind)} |
