@@ -188,12 +188,12 @@ def _compile(methods: Mapping[MethodName, Method], package: Path, peaks: Peaks) 
                     files[str(name)] = compile_method(program)
         with peaks.phase("package"):
             write_package(package, files)
-    except torch.OutOfMemoryError as error:
-        raise ExportError(f"out of memory on the GPU while compiling: {error}", path=package.parent) from error
     except MemoryError as error:
         raise ExportError("out of memory on the host while compiling", path=package.parent) from error
-    except subprocess.CalledProcessError as error:
-        raise ExportError(f"the C++ compiler failed: {error}", path=package.parent) from error
+    except RuntimeError as error:  # what the compiler raises, and torch without memory: one of them wraps the other
+        is_full = "out of memory" in str(error)
+        what = "out of memory on the GPU while compiling" if is_full else "the compiler failed"
+        raise ExportError(f"{what}: {str(error).strip().splitlines()[0]}", path=package.parent) from error
 
 
 def _split(method: Method, plan: LoadPlan) -> tuple[dict[str, StateTensor], dict[str, Tensor]]:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, TypeAlias
 
 import torch
 
 from gemma4 import __version__
 from gemma4.quant.errors import FileMissingError, Gemma4Error, MalformedError
 from gemma4.quant.gguf_file import GGUFFile
+
+Device: TypeAlias = torch.device  # a name that a field of the manifest does not hide
 
 MANIFEST: Final = "manifest.json"
 PACKAGE: Final = "model.pt2"
@@ -118,7 +120,7 @@ class Manifest:
                     f"exported with {field} {made_for}, here is {found}; export it again", path=folder, field=field
                 )
 
-    def find_device(self, folder: Path) -> torch.device:
+    def find_device(self, folder: Path) -> Device:
         """Where it runs. Raises ArtifactMismatchError where this machine has no such device."""
         if self.target == "cpu":
             return torch.device("cpu")

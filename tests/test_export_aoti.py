@@ -173,6 +173,7 @@ def test_requests_that_cannot_be_met(gguf: Path, tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), FileUnwritableError, "No space left on device"),
         (torch.OutOfMemoryError("CUDA out of memory"), ExportError, "out of memory on the GPU while compiling"),
+        (RuntimeError("CppCompileError: C++ compile error\n\nCommand: g++"), ExportError, "failed: CppCompileError: C"),
         (MemoryError(), ExportError, "out of memory on the host while compiling"),
     ],
 )
@@ -200,6 +201,17 @@ def test_what_does_not_run_is_not_kept(gguf: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ExportError, match=r"the exported model does not run: .*cannot be opened"):
         export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_of_what_was_made_is_explained(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aoti, "compile_method", lambda program: [])
+    monkeypatch.setattr(aoti, "write_package", lambda path, files: path.write_bytes(b"PK"))
+    crash = tmp_path / "python"
+    crash.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    crash.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(crash))
+    with pytest.raises(ExportError, match=r"ended by signal 11; a C\+\+ compiler that links libstdc\+\+ statically"):
+        export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
 
 
 def test_killed_it_leaves_nothing_at_the_path(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
