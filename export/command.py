@@ -50,7 +50,9 @@ def export(
         from gemma4.export.executorch import ExecutorchBackend, export_executorch
 
         backend = ExecutorchBackend.PORTABLE if target == "cpu" else ExecutorchBackend.CUDA
-        report = export_executorch(file, out, backend=backend, max_seq_len=max_seq_len, on_phase=phases)
+        report = export_executorch(
+            file, out, backend=backend, max_seq_len=max_seq_len, kv_cache=kv_cache, on_phase=phases
+        )
     phases.end()
     if json_:
         print(json.dumps(_figures(report), indent=2), flush=True)

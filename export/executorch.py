@@ -59,6 +59,10 @@ def export_executorch(
     is_cuda = backend is ExecutorchBackend.CUDA
     if is_cuda and not torch.cuda.is_available():
         raise UnsupportedFeatureError("found no GPU to compile for", field="backend")
+    if not is_cuda and kv_cache != CacheKind.LOSSLESS:
+        raise UnsupportedFeatureError(
+            f"found {kv_cache}, portable programs hold {CacheKind.LOSSLESS}", field="kv_cache"
+        )
     device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
     peaks = Peaks(device, on_phase)
     with peaks.watching(), atomic_directory(out) as folder:

@@ -194,6 +194,14 @@ def test_a_failing_compiler_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_what_a_backend_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="kv_cache: found turboquant"):
+        export_executorch(tmp_path / "m.gguf", tmp_path / "out", backend="portable", kv_cache="turboquant")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedFeatureError, match="no GPU"):
+        export_executorch(tmp_path / "m.gguf", tmp_path / "out")
+
+
 def test_absent_or_unknown_executorch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter.metadata, "version", lambda name: "2.0.1")
     with pytest.raises(UnsupportedFeatureError, match=r"executorch: found 2\.0\.1"):
