@@ -213,9 +213,12 @@ def _try(folder: Path, gguf: Path) -> None:
     """Loads and runs both methods in another process, on zeros."""
     command = [sys.executable, "-m", "gemma4.export.trial_run", str(folder), str(gguf)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_CHECK_TIMEOUT_S, env=environment, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_CHECK_TIMEOUT_S, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(f"the exported model did not answer in {_CHECK_TIMEOUT_S} s", path=folder) from error
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         if done.returncode < 0:
