@@ -167,11 +167,13 @@ def _methods(
             if parameter.is_meta:
                 freed = nn.Parameter(without_storage(parameter, device), requires_grad=False)
                 module.register_parameter(name, freed)
-    # On the host zeros that nobody writes take no memory.
-    cache = KVCache(config, max_seq_len, dtype, "cpu", kv_cache)
-    for layer in cache.own.values():
+    cache = KVCache(config, max_seq_len, dtype, "meta", kv_cache)
+    # A short cache shows what starts as zeros; what does not is the same for every length.
+    short = KVCache(config, EXAMPLE_TOKENS, dtype, device, kv_cache)
+    for i, layer in cache.own.items():
+        start = short.own[i].tensors()
         for name, tensor in layer.tensors().items():
-            setattr(layer, name, tensor.to(device) if bool(tensor.any()) else without_storage(tensor, device))
+            setattr(layer, name, start[name] if bool(start[name].any()) else without_storage(tensor, device))
     has_tokenizer = file.metadata.get("tokenizer.ggml.model", "none") != "none"
     suppress_ids = tokenizer_from_metadata(file.metadata, file.path).suppress_ids if has_tokenizer else ()
     return methods_of(model, cache, suppress_ids, with_logits=True)
