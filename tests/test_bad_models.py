@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma4 import Gemma4, api
+from gemma4 import Gemma4, opening
 from gemma4.config import Gemma4Config
 from gemma4.mapping import plan_load
 from gemma4.model import TextModel
@@ -68,7 +68,7 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
     def no_weights(*_: Any) -> None:
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr(api, "load_weights", no_weights)
+    monkeypatch.setattr(opening, "load_weights", no_weights)
 
     def refuse(file: Model | Path, error: type[Gemma4Error], field: str | None) -> str:
         path = file if isinstance(file, Path) else file.write_sparse(tmp_path / "bad.gguf")

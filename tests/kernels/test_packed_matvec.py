@@ -105,7 +105,7 @@ def test_nothing_passes_through_shared_memory_before_the_reduction(name: str) ->
     arguments = (kernel, name, meta(activations), meta(weight.planes), torch.bfloat16)
     (compiled,) = compile_launches(packed_matvec, 90, "launch_packed_matvec", *arguments)
     assert compiled.metadata.num_warps == 4
-    assert compiled.metadata.shared <= 1024  # bytes: the sums of a few rows on their way to the store
+    assert compiled.metadata.shared <= 4 * 512  # bytes: the sums of a few rows of each warp on their way to the store
     assert compiled.asm["ptx"].count(".v4.b32") >= 2 * 2 + 2  # weights and activations, 16 bytes a load
 
 
