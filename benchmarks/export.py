@@ -1,5 +1,6 @@
 """Exports a GGUF as `.pt2`, loads it again, and compares with eager: memory, time, logits, tokens, decode speed.
 
+usage: python benchmarks/export.py FILE OUT [--max-seq-len 131072] [--tokens 256]
 
 Each part runs in a process of its own, so that peaks are its own. A table comes last, after it one line of JSON.
 """
@@ -10,11 +11,16 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 PROMPT_TOKENS = 300
+
+
+def logits_file(name: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"logits-{name}.pt"
 
 
 def prompt(vocab_size: int) -> list[int]:
@@ -68,7 +74,7 @@ def measure(model: Any, tokens: int) -> dict[str, Any]:
     decode_s = time.perf_counter() - prefilled - (prefilled - begin)
     logits = model.logits(ids[:64])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    torch.save(logits.float().cpu(), f"/tmp/logits-{type(model).__name__}.pt")
+    torch.save(logits.float().cpu(), logits_file(type(model).__name__))
     return {"ids": new_ids, "ms_per_token": 1000 * decode_s / (tokens - 1), "peak_device_bytes": peak}
 
 
@@ -106,7 +112,7 @@ def main() -> None:
 def compare(results: dict[str, Any]) -> None:
     import torch
 
-    ours, theirs = (torch.load(f"/tmp/logits-{name}.pt") for name in ("ExportedGemma4", "Gemma4"))
+    ours, theirs = (torch.load(logits_file(name)) for name in ("ExportedGemma4", "Gemma4"))
     cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double())
     a, b = results["exported"].pop("ids"), results["eager"].pop("ids")
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

@@ -19,7 +19,7 @@ SOURCES = {
     f"gemma4/{path.relative_to(ROOT)}" if path.parent.name in LINKED else str(path.relative_to(ROOT))
     for folder in ("gemma4", *LINKED)
     for path in (ROOT / folder).glob("*.py")
-} | {"gemma4/py.typed", "gemma4/export/.gitkeep"}
+} | {"gemma4/py.typed"}
 INSPECT = """
 import importlib.util, sys
 from pathlib import Path
