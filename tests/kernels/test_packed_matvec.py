@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -107,6 +108,21 @@ def test_nothing_passes_through_shared_memory_before_the_reduction(name: str) ->
     assert compiled.metadata.num_warps == 4
     assert compiled.metadata.shared <= 4 * 512  # bytes: the sums of a few rows of each warp on their way to the store
     assert compiled.asm["ptx"].count(".v4.b32") >= 2 * 2 + 2  # weights and activations, 16 bytes a load
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensor_cores_take_many_rows_of_some_formats(name: str) -> None:
+    planes = meta(make_weight(name, 2, K).planes)
+    kernel = getattr(linear, f"{name}_matvec_kernel")
+    for m in range(1, 9):
+        activations = meta(quantize_activations(make_rows(m, K, torch.bfloat16)))
+        with (
+            mock.patch.object(packed_matvec, "launch_packed_mma") as tensor_cores,
+            mock.patch.object(packed_matvec, "wrap_triton") as own,
+        ):
+            launch_packed_matvec(kernel, name, activations, planes, torch.bfloat16)
+        goes = m >= 4 and name in ("q4_k", "q5_k", "q6_k", "q8_0")
+        assert (tensor_cores.called, own.called) == (goes, not goes)
 
 
 # On a GPU
