@@ -22,6 +22,7 @@ from gemma4 import Gemma4, __version__
 from gemma4.cache import KVCache
 from gemma4.config import CacheKind
 from gemma4.decode_loop import DecodeLoop
+from gemma4.export.peaks import anonymous_bytes
 from gemma4.generate import prefill
 from gemma4.memory_plan import MemoryModel
 from gemma4.sampling import SamplingParams
@@ -34,12 +35,6 @@ def copy_bandwidth() -> float:
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / statistics.median(timed(lambda: target.copy_(source), 10))
-
-
-def anonymous_bytes() -> int:
-    """Host memory of this process that no file backs."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
 
 
 def timed(run: object, repeats: int, *, is_warm: bool = False) -> list[float]:
@@ -166,7 +161,7 @@ def main() -> None:
     model = Gemma4.from_gguf(args.file, device="cuda", max_seq_len=length, kv_cache=args.kv_cache)
     torch.cuda.synchronize()
     load_s = time.perf_counter() - begin
-    host_bytes = anonymous_bytes()
+    host_bytes = anonymous_bytes() or 0
     packed = sum(p.nbytes for p in model.model.parameters())
     memory = measure_memory(model)
     decode = time_decode(model, contexts, SamplingParams(temperature=0), args.steps)

@@ -54,7 +54,7 @@ from gemma4.quant.atomic_directory import atomic_directory
 from gemma4.quant.errors import ContextError, Gemma4Error, UnsupportedFeatureError
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LoadPlan
-from gemma4.tokenizer import tokenizer_from_metadata
+from gemma4.tokenizer import has_tokenizer, tokenizer_from_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +174,8 @@ def _methods(
         start = short.own[i].tensors()
         for name, tensor in layer.tensors().items():
             setattr(layer, name, start[name] if bool(start[name].any()) else without_storage(tensor, device))
-    has_tokenizer = file.metadata.get("tokenizer.ggml.model", "none") != "none"
-    suppress_ids = tokenizer_from_metadata(file.metadata, file.path).suppress_ids if has_tokenizer else ()
+    has_text = has_tokenizer(file.metadata)
+    suppress_ids = tokenizer_from_metadata(file.metadata, file.path).suppress_ids if has_text else ()
     return methods_of(model, cache, suppress_ids, with_logits=True)
 
 

@@ -24,6 +24,7 @@ from gemma4.export.executorch_portable import lower_portable
 from gemma4.export.peaks import Peaks
 from gemma4.quant.atomic_directory import atomic_directory
 from gemma4.quant.errors import UnsupportedFeatureError
+from gemma4.tokenizer import has_tokenizer
 
 PROGRAM: Final = "model.pte"
 EXECUTORCH_VERSION: Final = "1.5"
@@ -69,9 +70,9 @@ def export_executorch(
         with peaks.phase("load"):
             model = Gemma4.from_gguf(gguf, device=device, max_seq_len=max_seq_len, kv_cache=kv_cache)
         cache = KVCache(model.config, model.max_seq_len, model.model.dtype, device, model.kv_cache)
-        has_tokenizer = model.metadata.get("tokenizer.ggml.model", "none") != "none"
-        suppress_ids = model.tokenizer.suppress_ids if has_tokenizer else ()
-        eos_ids = sorted(model.tokenizer.eog_ids) if has_tokenizer else ()
+        has_text = has_tokenizer(model.metadata)
+        suppress_ids = model.tokenizer.suppress_ids if has_text else ()
+        eos_ids = sorted(model.tokenizer.eog_ids) if has_text else ()
         methods = runner_methods(model.model, cache, suppress_ids, with_logits=with_logits)
         constants = constant_methods(model.model, methods, model.max_seq_len, eos_ids)
         with peaks.phase("trace"):

@@ -35,7 +35,7 @@ from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.loader import load_weights
 from gemma4.sampling import SamplingParams
 from gemma4.text_stream import stream_text
-from gemma4.tokenizer import Tokenizer, tokenizer_from_metadata
+from gemma4.tokenizer import Tokenizer, has_tokenizer, tokenizer_from_metadata
 
 Methods = dict[str, CompiledMethod]
 
@@ -163,9 +163,9 @@ class ExportedGemma4:
         """As `Gemma4.stream_ids`."""
         check_ids(ids, self.config.vocab_size)
         check_room(len(ids), max_new_tokens, self.max_seq_len)
-        has_tokenizer = self.metadata.get("tokenizer.ggml.model", "none") != "none"
-        own_eog_ids = self.tokenizer.eog_ids if has_tokenizer else frozenset[int]()
-        suppress_ids = self.tokenizer.suppress_ids if has_tokenizer else ()
+        has_text = has_tokenizer(self.metadata)
+        own_eog_ids = self.tokenizer.eog_ids if has_text else frozenset[int]()
+        suppress_ids = self.tokenizer.suppress_ids if has_text else ()
         params = self.sampling.override(**sampling)
         return self._run(ids, max_new_tokens, seed, own_eog_ids if eog_ids is None else eog_ids, params, suppress_ids)
 

@@ -28,7 +28,7 @@ from gemma4.sampling import SamplingParams
 from gemma4.session import SessionPool
 from gemma4.speculate import NUM_DRAFT_TOKENS, Draft, Speculation, SpeculativeLoop, check_draft, speculate_tokens
 from gemma4.text_stream import stream_text
-from gemma4.tokenizer import Tokenizer, tokenizer_from_metadata
+from gemma4.tokenizer import Tokenizer, has_tokenizer, tokenizer_from_metadata
 
 
 class Gemma4:
@@ -323,7 +323,7 @@ class Gemma4:
 
     def _text_options(self) -> tuple[frozenset[int], tuple[int, ...]]:
         """End-of-generation ids and ids never to be sampled; both empty for a file without a tokenizer."""
-        if self.metadata.get("tokenizer.ggml.model", "none") == "none":
+        if not has_tokenizer(self.metadata):
             return frozenset(), ()
         return self.tokenizer.eog_ids, self.tokenizer.suppress_ids
 

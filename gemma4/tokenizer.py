@@ -33,6 +33,11 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _HIDDEN = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
+def has_tokenizer(metadata: Mapping[str, MetadataValue]) -> bool:
+    """Whether a GGUF file's metadata describes one."""
+    return metadata.get("tokenizer.ggml.model", "none") != "none"
+
+
 def tokenizer_from_metadata(metadata: Mapping[str, MetadataValue], path: Path | None = None) -> Tokenizer:
     """The tokenizer that a GGUF file's `tokenizer.ggml.*` metadata describes.
 

@@ -10,7 +10,6 @@ Flash-Decoding (Dao et al., 2023).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from gemma4.kernels.decode_attention import LOG2_E
+from gemma4.kernels.decode_attention import LOG2_E, device_limits
 from gemma4.kernels.tq4_rotation import hadamard, signs
 from gemma4.kernels.tq4_tile import curve_bits, load_levels, load_quarters
 from gemma4.kernels.tq4_write import code_widths
@@ -53,13 +52,6 @@ CONFIGS = tuple(
     for block_r in (8, 16, 32)
     for block_n, programs in ((64, 2), (32, 2), (16, 2))
 )
-
-
-@cache
-def _device_limits(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of shared memory one program may use)."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------------ kernels
@@ -287,7 +279,7 @@ def tq4_decode(
     kv_heads, length = k_codes.shape[1], k_codes.shape[2]
     bits, turned = code_widths(head_dim, k_codes, v_codes)
     rows = q_heads // kv_heads * tokens
-    multiprocessors, shared_limit = _device_limits(out.device)
+    multiprocessors, shared_limit = device_limits(out.device)
     config = choose_config(rows, turned, head_dim, bits, shared_limit)
     splits = split_count(config, kv_heads, rows, length, multiprocessors)
     tq4_decode_launch(queries, k_codes, k_scale, v_codes, v_scale, input_pos, scale, out, config, splits)

@@ -8,15 +8,14 @@ Method: FlashAttention-2 (Dao, 2023).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
 from gemma4.kernels.decode_attention import LOG2_E
+from gemma4.kernels.prefill_attention import device_limits
 from gemma4.kernels.tq4_rotation import launch_rotate_back
 from gemma4.kernels.tq4_tile import curve_bits, load_levels, load_quarters
 from gemma4.kernels.tq4_write import code_widths
@@ -58,13 +57,6 @@ CONFIGS = (
     TQ4PrefillConfig(block_m=32, block_n=16, num_warps=8, num_stages=2, wgmma=False),
     TQ4PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, wgmma=False),
 )
-
-
-@cache
-def _device_limits(device: torch.device) -> tuple[bool, int]:
-    """(whether the device has warpgroup instructions, bytes of shared memory one program may use)."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major == 9, int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -219,6 +211,6 @@ def tq4_prefill(
     """Attend from rotated queries float16 [1, Hq, T, D or C + D] into out [1, Hq, T, D]."""
     head_dim = out.shape[3]
     bits, turned = code_widths(head_dim, k_codes, v_codes)
-    wgmma, shared_limit = _device_limits(out.device)
+    wgmma, shared_limit = device_limits(out.device)
     config = choose_config(turned, head_dim, bits, wgmma, shared_limit)
     tq4_prefill_launch(queries, k_codes, k_scale, v_codes, v_scale, input_pos, scale, out, config)
