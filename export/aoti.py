@@ -48,6 +48,7 @@ from gemma4.export.manifest import (
 )
 from gemma4.export.methods import EXAMPLE_TOKENS, Method, MethodName, methods_of
 from gemma4.export.peaks import Peaks
+from gemma4.kernels.dependent_launch import dependent_kernels
 from gemma4.mapping import plan_load
 from gemma4.model import TextModel
 from gemma4.quant.atomic_directory import atomic_directory
@@ -131,6 +132,7 @@ def export_aoti(
                 kv_cache=str(CacheKind(kv_cache)),
                 has_fusion=True,
                 methods=tuple(map(str, methods)),
+                dependent_kernels=dependent_kernels() if device.type == "cuda" else (),
                 gguf=FileIdentity.of(file),
                 state=state,
                 config=config.model_dump(mode="json"),

@@ -22,7 +22,7 @@ Device: TypeAlias = torch.device  # a name that a field of the manifest does not
 MANIFEST: Final = "manifest.json"
 PACKAGE: Final = "model.pt2"
 CONSTANTS: Final = "constants.safetensors"
-FORMAT: Final = "gemma4-pt2-1"
+FORMAT: Final = "gemma4-pt2-2"
 
 
 class ArtifactMismatchError(Gemma4Error):
@@ -73,6 +73,7 @@ class Manifest:
     """target: "cpu" or "sm_90". dtype: of matrix products. state: the cache's tensors by name in the methods.
 
     chunk_size: most tokens of a prefill. has_fusion: whether the plan joins gate and up projections.
+    dependent_kernels: those that wait for their inputs themselves (`gemma4.programmatic_edges`).
     """
 
     format: str
@@ -87,6 +88,7 @@ class Manifest:
     kv_cache: str
     has_fusion: bool
     methods: tuple[str, ...]
+    dependent_kernels: tuple[str, ...]
     gguf: FileIdentity
     state: Mapping[str, StateTensor]
     config: Mapping[str, Any]

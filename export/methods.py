@@ -15,6 +15,7 @@ token id: the same on every device, and nothing is kept between steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -134,10 +135,15 @@ def gumbel_max(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tens
     key = _mix(_mix(_mix((seed & _MASK) + 1) ^ ((seed >> 32) & _MASK)) ^ (position & _MASK))
     # 23 bits and a half: exact in float32 and never 0 or 1.
     uniform = ((_mix(_mix(_mix(_mix(ids ^ key)))) & 0x7FFFFF).float() + 0.5) * 2.0**-23
-    return (logits + temperature * -torch.log(-torch.log(uniform))).argmax(dim=-1)
+    # In two steps: compilers give the argmax of one row to a single program.
+    rows = (logits + temperature * -torch.log(-torch.log(uniform))).view(math.gcd(ids.numel(), _ROWS), -1)
+    best, column = rows.max(dim=-1)
+    row = best.argmax(dim=0, keepdim=True)
+    return row * rows.shape[1] + column.index_select(0, row)
 
 
 _MASK: Final = 0xFFFFFFFF
+_ROWS: Final = 512
 
 
 def _mix(x: Tensor) -> Tensor:

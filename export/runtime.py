@@ -67,7 +67,9 @@ class _CompiledModel:
     def __call__(self, tokens: Tensor, input_pos: Tensor, cache: object, num_logits: int | None = 1) -> Tensor:
         """tokens, input_pos: int64 [T]. Returns float32 [num_logits, vocab_size]; None, for all T, runs one by one."""
         if num_logits is None:
-            return torch.cat([self._last(tokens[i : i + 1], input_pos[i : i + 1]) for i in range(tokens.shape[0])])
+            # Compiled methods take addresses that are multiples of 16 bytes, which slices do not have.
+            pairs = zip(torch.split(tokens, 1), torch.split(input_pos, 1), strict=True)
+            return torch.cat([self._last(token.clone(), position.clone()) for token, position in pairs])
         return self._last(tokens, input_pos)[:num_logits]
 
     def _last(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
@@ -215,7 +217,8 @@ class ExportedGemma4:
         with self._in_use:
             if params not in self._loops:
                 model, cache = cast("Any", self._model), cast("Any", self._cache)
-                self._loops = {params: DecodeLoop(model, cache, params, suppress_ids)}
+                names = self.manifest.dependent_kernels
+                self._loops = {params: DecodeLoop(model, cache, params, suppress_ids, dependent_kernels=names)}
             loop = self._loops[params]
             loop.start(self._prefill(ids), len(ids), seed)
             for remaining in range(max_new_tokens - 1, -1, -1):

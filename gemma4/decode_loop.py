@@ -7,12 +7,13 @@ eagerly. The host reads tokens one step behind the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gemma4.programmatic_edges import make_programmatic
 from gemma4.sampling import SamplingParams, sample
 
 if TYPE_CHECKING:
@@ -23,15 +24,25 @@ _WARM_UP_STEPS = 2
 
 
 class DecodeLoop:
-    """Samples tokens from `model`, keeping keys and values in `cache`. Serves one generation at a time."""
+    """Samples tokens from `model`, keeping keys and values in `cache`. Serves one generation at a time.
+
+    dependent_kernels: those that a model launches plainly though they wait for their inputs themselves.
+    """
 
     def __init__(
-        self, model: TextModel, cache: KVCache, params: SamplingParams, suppress_ids: Sequence[int] = ()
+        self,
+        model: TextModel,
+        cache: KVCache,
+        params: SamplingParams,
+        suppress_ids: Sequence[int] = (),
+        *,
+        dependent_kernels: Collection[str] = (),
     ) -> None:
         device = model.norm.weight.device
         self.model = model
         self.cache = cache
         self.params = params
+        self.dependent_kernels = dependent_kernels
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.generator = torch.Generator(device)
@@ -95,10 +106,13 @@ class DecodeLoop:
             self._restore(before)
         torch.cuda.current_stream().wait_stream(stream)
         self.generator.set_state(random)
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=bool(self.dependent_kernels))
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph):
             self._step()
+        if self.dependent_kernels:
+            make_programmatic(graph.raw_cuda_graph(), self.dependent_kernels)
+            graph.instantiate()
         return graph
 
     def _restore(self, state: Sequence[Tensor]) -> None:

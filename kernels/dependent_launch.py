@@ -12,6 +12,7 @@ it have finished too.
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["await_inputs", "dependent_launch_options"]
+__all__ = ["await_inputs", "dependent_kernels", "dependent_launch_options"]
 
 
 @triton.jit
@@ -36,6 +37,27 @@ def _has_dependent_launch(device: torch.device) -> bool:
 
 
 def dependent_launch_options(device: torch.device) -> dict[str, bool]:
-    """Launch arguments of a kernel with a PDL switch; off where a compiler records the launch."""
-    is_on = not torch.compiler.is_compiling() and _has_dependent_launch(device)
-    return {"PDL": True, "launch_pdl": True} if is_on else {"PDL": False}
+    """Launch arguments of a kernel with a PDL switch.
+
+    A compiler records the launch without its own option, which it has no way to write down: a kernel launched plainly
+    waits for nothing, and whoever captures the launches as a graph may make them dependent.
+    """
+    if not _has_dependent_launch(device):
+        return {"PDL": False}
+    return {"PDL": True} if torch.compiler.is_compiling() else {"PDL": True, "launch_pdl": True}
+
+
+def dependent_kernels() -> tuple[str, ...]:
+    """Names of the kernels with a PDL switch, of all modules of this package that are imported."""
+    package = __name__.rpartition(".")[0]
+    return tuple(
+        sorted(
+            value.__name__
+            for name, module in sys.modules.items()
+            if name.startswith(package)
+            for value in vars(module).values()
+            if isinstance(value, triton.runtime.JITFunction)
+            and value.__name__.endswith("_kernel")
+            and "PDL" in value.arg_names
+        )
+    )
