@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,11 @@ from gemma4.memory_plan import MemoryModel
 from gemma4.sampling import SamplingParams
 
 LONG_PROMPT = 16384  # tokens
+
+
+def note(line: str) -> None:
+    """A figure at once, so that a run that is cut has said something."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def copy_bandwidth() -> float:
@@ -97,6 +103,7 @@ def time_decode(model: Gemma4, contexts: list[int], params: SamplingParams, step
         loop.start(torch.randn(1, model.config.vocab_size, device=model.device), context, seed=0)
         loop.advance()
         seconds[context] = statistics.median(timed(loop.advance, steps))
+        note(f"decode @{context}: {1 / seconds[context]:.1f} tokens/s")
     return seconds
 
 
@@ -110,6 +117,7 @@ def time_prefill(model: Gemma4, prompts: list[int]) -> dict[int, float]:
         is_long = length > LONG_PROMPT
         runs = timed(lambda c=cache, i=ids: prefill(model.model, c, i), 1 if is_long else 3, is_warm=is_long)
         seconds[length] = statistics.median(runs)
+        note(f"prefill {length}: {length / seconds[length]:.0f} tokens/s")
         del cache
     return seconds
 
@@ -161,9 +169,11 @@ def main() -> None:
     model = Gemma4.from_gguf(args.file, device="cuda", max_seq_len=length, kv_cache=args.kv_cache)
     torch.cuda.synchronize()
     load_s = time.perf_counter() - begin
+    note(f"loaded in {load_s:.2f} s")
     host_bytes = anonymous_bytes() or 0
     packed = sum(p.nbytes for p in model.model.parameters())
     memory = measure_memory(model)
+    note(f"memory measured after {time.perf_counter() - begin:.0f} s")
     decode = time_decode(model, contexts, SamplingParams(temperature=0), args.steps)
     sampled = time_decode(model, contexts[:1], SamplingParams(), args.steps)
     filled = time_prefill(model, prompts)
