@@ -66,13 +66,17 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Gemm
 
 
 class Script:
-    """Drafts from a list: id i for position first + i, but another one with probability `error`."""
+    """Drafts from a list: id i for position first + i, but another one with probability `error`.
 
-    def __init__(self, ids: list[int], first: int, error: float, vocab: int = 128) -> None:
+    Its ids are on the model's device, where a round may be captured as a graph.
+    """
+
+    def __init__(self, ids: list[int], first: int, error: float, *, vocab: int = 128, device: str = "cpu") -> None:
         rng = np.random.default_rng(1)
         is_wrong = rng.random(len(ids)) < error
         wrong = [(token + 1 + rng.integers(vocab - 1)) % vocab for token in ids]
-        self.ids = torch.tensor([w if bad else t for t, w, bad in zip(ids, wrong, is_wrong, strict=True)] + [0] * 7)
+        drafts = [w if bad else t for t, w, bad in zip(ids, wrong, is_wrong, strict=True)] + [0] * 7
+        self.ids = torch.tensor(drafts, device=device)
         self.first = first
 
     def check_target(self, model: TextModel) -> None:
@@ -81,8 +85,7 @@ class Script:
     def propose(
         self, token: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, cache: KVCache, count: int
     ) -> torch.Tensor:
-        begin = int(position) + 1 - self.first
-        return self.ids[begin : begin + count]
+        return self.ids.index_select(0, position + 1 - self.first + torch.arange(count, device=position.device))
 
 
 def acceptance_rate(model: Gemma4) -> float:
@@ -142,6 +145,19 @@ def test_a_drafter_changes_no_id(load: Callable[[str], tuple[Gemma4, Drafter]], 
     model.forget()
     assert model.generate_ids(PROMPT, 20, draft=drafter, num_draft_tokens=count) == plain
     assert acceptance_rate(model) < 0.3  # its weights are random
+
+
+def test_a_drafter_changes_no_id_of_a_long_text(tmp_path: Path) -> None:
+    """To the end of a context of which the rings hold a tenth."""
+    target = gemma4(SIZES, tied=False, layers=2, context=340)
+    model = Gemma4.from_gguf(target.write(tmp_path / "model.gguf"), device="cpu", dequantize=True)
+    drafter = Drafter.from_gguf(drafter_for(target).write(tmp_path / "drafter.gguf"), model)
+    most = 340 - len(PROMPT)
+    plain = model.generate_ids(PROMPT, most)
+    assert len(plain) > 300
+    assert len(set(plain)) > 50
+    model.forget()
+    assert model.generate_ids(PROMPT, most, draft=drafter) == plain
 
 
 @pytest.mark.parametrize(("name", "error"), [("31B", 0.0), ("31B", 0.2), ("31B", 1.0), ("E2B", 0.2), ("26B-A4B", 0.2)])
@@ -260,7 +276,7 @@ def test_on_a_gpu(tmp_path: Path, name: str) -> None:
     drafter = Drafter.from_gguf(drafter_for(target, kind="Q8_0").write(tmp_path / "drafter.gguf"), model)
     most = 160 - len(PROMPT)
     plain = model.generate_ids(PROMPT, most)
-    for draft in (drafter, Script(plain, len(PROMPT), 0.2)):
+    for draft in (drafter, Script(plain, len(PROMPT), 0.2, device="cuda")):
         for count in (2, 4):
             model.forget()
             assert model.generate_ids(PROMPT, most, draft=draft, num_draft_tokens=count) == plain
