@@ -1,12 +1,14 @@
 """Compiling a model whose weights and caches take no memory, and opening what was compiled.
 
 The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
-dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss:
+dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss, and a
+fifth the assembly in our kernels:
 
     clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
     is_same_tensor                  tells constants apart by address; all freed ones have address 0 and would be merged
     FakeTensorProp.get_attr         gives tensors to operators that compute with them; a freed one becomes a fake one
     get_original_value_of_constant  what is serialized of a buffer: of a freed one zeros, which is what it held
+    ttir_to_functions               which arguments a kernel writes: all, where assembly is not known to write none
 
 Names are checked against the torch that is installed, and versions other than those tried are refused.
 """
@@ -16,12 +18,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from gemma4.kernels.dependent_launch import recorded_as_dependent
 from gemma4.quant.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ PATCHED_NAMES: Final = (
     ("torch._inductor.graph", "is_same_tensor"),
     ("torch._inductor.graph", "GraphLowering.get_original_value_of_constant"),
     ("torch.fx.passes.fake_tensor_prop", "FakeTensorProp.get_attr"),
+    ("torch._higher_order_ops.triton_kernel_wrap", "ttir_to_functions"),
 )
 # Module, attribute: what is called.
 CALLED_NAMES: Final = (
@@ -152,11 +157,26 @@ def _get_attr(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_attr
 
 
+def _ttir_to_functions(original: Callable[..., Any]) -> Callable[..., Any]:
+    def to_functions(*args: Any) -> Any:
+        # Assembly of ours that is called impure keeps its place and number in a program; none of it writes memory.
+        return {
+            name: {
+                value: [replace(op, is_pure=True) if op.name == "tt.elementwise_inline_asm" else op for op in ops]
+                for value, ops in operations.items()
+            }
+            for name, operations in original(*args).items()
+        }
+
+    return to_functions
+
+
 _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _clone_preserve_strides,
     _is_same_tensor,
     _get_original_value,
     _get_attr,
+    _ttir_to_functions,
 )
 
 
@@ -175,7 +195,8 @@ def compile_method(program: ExportedProgram) -> list[Any]:
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True  # our operators' bodies are traced here: no launch options of eager runs
     try:
-        files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
+        with recorded_as_dependent():
+            files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
     finally:
         torch.compiler._is_compiling_flag = before
     return files

@@ -13,6 +13,9 @@ it have finished too.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -20,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["await_inputs", "dependent_kernels", "dependent_launch_options"]
+__all__ = ["await_inputs", "dependent_kernels", "dependent_launch_options", "recorded_as_dependent"]
 
 
 @triton.jit
@@ -36,15 +39,29 @@ def _has_dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def dependent_launch_options(device: torch.device) -> dict[str, bool]:
-    """Launch arguments of a kernel with a PDL switch.
+_is_recorded: ContextVar[bool] = ContextVar("_is_recorded", default=False)
 
-    A compiler records the launch without its own option, which it has no way to write down: a kernel launched plainly
-    waits for nothing, and whoever captures the launches as a graph may make them dependent.
+
+@contextmanager
+def recorded_as_dependent() -> Iterator[None]:
+    """Has a compiler record kernels that wait, though not how to launch them: it has no way to write that down.
+
+    Launched plainly they wait for nothing. Whoever captures the launches as a graph may make them dependent.
     """
+    token = _is_recorded.set(True)
+    try:
+        yield
+    finally:
+        _is_recorded.reset(token)
+
+
+def dependent_launch_options(device: torch.device) -> dict[str, bool]:
+    """Launch arguments of a kernel with a PDL switch; off where a compiler records the launch for other uses."""
     if not _has_dependent_launch(device):
         return {"PDL": False}
-    return {"PDL": True} if torch.compiler.is_compiling() else {"PDL": True, "launch_pdl": True}
+    if torch.compiler.is_compiling():
+        return {"PDL": _is_recorded.get()}
+    return {"PDL": True, "launch_pdl": True}
 
 
 def dependent_kernels() -> tuple[str, ...]:

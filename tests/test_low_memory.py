@@ -5,14 +5,21 @@ from __future__ import annotations
 import importlib
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import triton
 from torch import nn
+from torch._higher_order_ops import triton_kernel_wrap
+from triton.backends.compiler import GPUTarget
 
 from gemma4.export import low_memory
 from gemma4.export.low_memory import PATCHED_NAMES, check_torch, is_without_storage, missing_names, without_storage
+from gemma4.kernels import gelu_mul
+from gemma4.kernels.activations import empty_activations
 from gemma4.quant.errors import UnsupportedFeatureError
+from tests.kernels.triton_without_gpu import record_launches
 
 
 class State(nn.Module):
@@ -119,3 +126,26 @@ def test_without_storage_keeps_everything_but_the_bytes() -> None:
     freed = without_storage(like, "cpu")
     assert is_without_storage(freed)
     assert (freed.shape, freed.stride(), freed.dtype) == (like.shape, like.stride(), like.dtype)
+
+
+def written_by(kernel: Any, arguments: dict[str, Any]) -> set[str]:
+    """The arguments that torch believes a kernel writes, compiling for an H100."""
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    with mock.patch.object(triton.runtime.driver, "_active", driver):
+        if hasattr(triton_kernel_wrap, "identify_accessed_tensors"):  # since torch 2.12
+            accesses = triton_kernel_wrap.identify_accessed_tensors(kernel, arguments, {})
+            return {dep.name for dep in accesses.read_writes.writes}
+        return set(triton_kernel_wrap.identify_mutated_tensors(kernel, arguments, {}))
+
+
+def test_a_kernel_that_waits_writes_its_outputs_only() -> None:
+    gate, up = torch.empty(1, 1024, dtype=torch.bfloat16).chunk(2, -1)
+    with mock.patch.object(gelu_mul, "dependent_launch_options", return_value={"PDL": True}):
+        ((kernel, arguments),) = record_launches(gelu_mul, "launch_gelu_mul", gate, up, empty_activations(gate, 2))
+    arguments = {name: arguments[name] for name in kernel.arg_names}
+    inputs = {"gate_ptr", "up_ptr"}
+    assert inputs < written_by(kernel, arguments)
+    with low_memory.low_memory(nn.Module()):
+        outputs = written_by(kernel, arguments)
+    assert outputs
+    assert not outputs & inputs

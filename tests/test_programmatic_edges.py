@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma4.kernels.activations import quantize_activations
-from gemma4.kernels.dependent_launch import dependent_kernels
+from gemma4.kernels.dependent_launch import dependent_kernels, recorded_as_dependent
 from gemma4.kernels.q4_k_matvec import q4_k_matvec
 from gemma4.programmatic_edges import EdgeData, make_programmatic
 from tests.kernels.packed_cases import make_rows, make_weight
@@ -96,7 +96,7 @@ def test_a_changed_graph_computes_the_same_on_a_gpu() -> None:
         y = q4_k_matvec(*quantize_activations(x), *weight.planes)
         return q4_k_matvec(*quantize_activations(torch.cat((y, y), -1)[:, :5376].contiguous()), *weight.planes)
 
-    with mock.patch("torch.compiler.is_compiling", return_value=True):
+    with mock.patch("torch.compiler.is_compiling", return_value=True), recorded_as_dependent():
         expected = step()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph):

@@ -64,12 +64,18 @@ class _Recorder:
         return launch
 
 
-def compile_launches(module: ModuleType, capability: int, function: str, *args: Any) -> list[Any]:
-    """Compile every kernel that module.function(*args), given meta tensors, would launch on that capability."""
+def record_launches(module: ModuleType, function: str, *args: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Every kernel that module.function(*args) would launch, with its arguments."""
     recorder = _Recorder()
     with mock.patch.object(module, "wrap_triton", recorder):
         getattr(module, function)(*args)
-    return [_compile(kernel, arguments, capability) for kernel, arguments in recorder.launches]
+    return recorder.launches
+
+
+def compile_launches(module: ModuleType, capability: int, function: str, *args: Any) -> list[Any]:
+    """Compile every kernel that module.function(*args), given meta tensors, would launch on that capability."""
+    launches = record_launches(module, function, *args)
+    return [_compile(kernel, arguments, capability) for kernel, arguments in launches]
 
 
 def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
