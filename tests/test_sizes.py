@@ -1,0 +1,99 @@
+"""The measured table of sizes: whole files of random weights, one result for each, and the rows made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from tests.family_gguf import SHRUNKEN, quantize
+from tests.tiny_gguf import Model
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
+    from benchmarks.size_runs import measure_pairs
+    from benchmarks.sizes import TABLE, describe, read_measured, row
+    from benchmarks.synthesize import write
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("size", "recipe"), [("26B-A4B", "MXFP4_MOE"), ("E2B", "Q4_K_S")])
+def test_a_written_file_holds_sane_weights(size: str, recipe: str, tmp_path: Path) -> None:
+    """Over an old file, longer than the new one."""
+    model, path = quantize(SHRUNKEN[size](), recipe), tmp_path / "model.gguf"
+    path.write_bytes(b"\xff" * 16_000_000)
+    write(path, model)
+    assert path.stat().st_size == model.write_sparse(tmp_path / "sparse.gguf").stat().st_size
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert tensors.keys() == model.tensors.keys()
+    for name, tensor in tensors.items():
+        assert tensor.tensor_type.name == model.tensors[name].type
+        weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if model.tensors[name].type == "F32":
+            np.testing.assert_array_equal(weights, model.weights(name))
+        else:
+            assert 64 * weights.std() == pytest.approx(1, abs=0.05)
+            assert np.abs(64 * weights).max() < 8
+
+
+def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.pwritev", lambda fd, pieces, offset: 100)
+    with pytest.raises(OSError, match="no room for"):
+        write(tmp_path / "model.gguf", quantize(SHRUNKEN["12B"](), "Q8_0"))
+
+
+def damaged() -> Model:
+    model = SHRUNKEN["12B"]()
+    model.metadata["gemma4.rope.freq_base"] = 0.0
+    return model
+
+
+def test_measuring_goes_on_after_a_failure(tmp_path: Path) -> None:
+    pairs = [("E2B", "Q4_0"), ("12B", "IQ4_XS"), ("26B-A4B", "MXFP4_MOE")]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    results = list(measure_pairs(pairs, scratch, torch.device("cpu"), {**SHRUNKEN, "12B": damaged}))
+    assert not list(scratch.iterdir())
+    assert [(result["size"], result["recipe"]) for result in results] == pairs
+    assert "gemma4.rope.freq_base: found 0.0" in results[1]["error"]
+    lines = tmp_path / "measured.json"
+    lines.write_text("".join(json.dumps({**result, "commit": "abc"}) + "\n" for result in results))
+    measured = read_measured([lines])
+    assert list(measured) == [pairs[0], pairs[2]]
+    for found in measured.values():
+        assert found["context"] == 512
+        assert found["load_s"] > 0
+        assert found["decode_s"] > 0
+        assert found["planned_total_bytes"] > found["planned_allocated_bytes"] > found["file_bytes"] / 2
+
+
+def test_rows_with_and_without_measured_figures(tmp_path: Path) -> None:
+    figures = {"load_s": 1.234, "decode_s": 0.0125, "gpu_peak_bytes": 4.56 * 2**30}
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    origin = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
+    pair = {"size": "E2B", "recipe": "Q4_0"}
+    old.write_text(json.dumps({**pair, **origin, **figures, "load_s": 9.0}) + "\n")
+    new.write_text(json.dumps({**pair, **origin, **figures}) + "\n" + json.dumps({**pair, "error": "out of memory"}))
+    measured = read_measured([old, new])
+    columns = [cell.strip() for cell in TABLE.strip().splitlines()[0].split("|")]
+    found, planned = (
+        dict(zip(columns, (cell.strip() for cell in row("E2B", "Q4_0", m).split("|")), strict=True))
+        for m in (measured, {})
+    )
+    changed = {key: (planned[key], found[key]) for key in columns if planned[key] != found[key]}
+    assert changed == {"load s": ("-", "1.23"), "measured": ("-", "4.6"), "tok/s": ("-", "80")}
+    assert (found["GB"], found["GiB at 8,192"], found["full context"]) == ("3.35", "4.1", "131,072")
+    assert describe(measured) == "- Measured on one a GPU, torch 2, Triton 3, commit abc.\n"
+    assert describe({}) == ""
