@@ -4,7 +4,7 @@
         print(json.dumps(result))
 
 While one file runs, the next is written; while one is loaded, nothing else happens. Before that a small file with the
-same types is loaded, so that no load waits for CUDA to load its kernels or to pin buffers.
+same types is loaded, so that no load waits for CUDA to load its kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,7 +53,9 @@ def measure_pairs(
     versions = {"torch": torch.__version__, "triton": triton.__version__, "gemma4": __version__}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cuda":
-        del [torch.empty(SLICE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(GPU_WORKERS)][:]
+        # PyTorch keeps what it has pinned: no load waits for that.
+        _ = [torch.empty(SLICE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(GPU_WORKERS)]
+        del _
     with TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(1) as writer:
         # Turn and turn about: a file in a tmpfs is written over at several times the speed of a new one.
         slots = [Path(scratch) / "even.gguf", Path(scratch) / "odd.gguf"]
@@ -74,7 +77,7 @@ def measure_pairs(
                 path = written.pop(index).result()
                 small = write(Path(scratch) / "small.gguf", quantize(SHRUNKEN[size](), recipe))
                 Gemma4.from_gguf(small, device=device)
-                result |= measure(path, device, lambda following=index + 1: write_ahead(following))
+                result |= measure(path, device, partial(write_ahead, index + 1))
             except (OSError, RuntimeError, ValueError, TritonError) as error:
                 result["error"] = f"{type(error).__name__}: {error}"
             yield result
@@ -98,10 +101,7 @@ def measure(path: Path, device: torch.device, loaded: Callable[[], None]) -> dic
     load_s = time.perf_counter() - begin
     loaded()
     plan = MemoryModel(model.config, model.plan, model.kv_cache, model.model.dtype.itemsize).at(model.max_seq_len)
-    decode_s = run(model, plan.chunk)
-    # What PyTorch has given back meanwhile was a part of the peak.
-    returned = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device) if is_cuda else 0
-    after = used_bytes(device)
+    decode_s, peak = run(model, plan.chunk)
     return {
         "file_bytes": path.stat().st_size,
         "context": plan.context,
@@ -110,14 +110,17 @@ def measure(path: Path, device: torch.device, loaded: Callable[[], None]) -> dic
         "planned_allocated_bytes": plan.allocated_bytes,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if is_cuda else None,
         "planned_total_bytes": plan.total_bytes,
-        "gpu_peak_bytes": None if after is None else after + returned,
+        "gpu_peak_bytes": peak,
         "gpu_before_bytes": before,
     }
 
 
 @torch.inference_mode()
-def run(model: Gemma4, tokens: int) -> float:
-    """Prefills one chunk of random ids, then decodes. Returns seconds per decoded token, the median of some rounds."""
+def run(model: Gemma4, tokens: int) -> tuple[float, int | None]:
+    """Prefills one chunk of random ids, then decodes.
+
+    Returns seconds per decoded token, the median of some rounds, and the most bytes of the GPU that were in use.
+    """
     device, text = model.device, model.model
     cache = KVCache(model.config, model.max_seq_len, text.dtype, device, model.kv_cache)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -134,7 +137,7 @@ def run(model: Gemma4, tokens: int) -> float:
         return (time.perf_counter() - begin) / steps
 
     steps = max(1, min(MOST_STEPS, int(ROUND_S / seconds(1))))
-    return statistics.median(seconds(steps) for _ in range(ROUNDS))
+    return statistics.median(seconds(steps) for _ in range(ROUNDS)), peak_bytes(device)
 
 
 def used_bytes(device: torch.device) -> int | None:
@@ -143,6 +146,14 @@ def used_bytes(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return int(total) - int(free)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most of a GPU since PyTorch's statistics were reset, by the memory that it has given back meanwhile."""
+    used = used_bytes(device)
+    if used is None:
+        return None
+    return used + torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
 
 
 def synchronize(device: torch.device) -> None:

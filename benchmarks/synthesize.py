@@ -53,7 +53,7 @@ def write(path: Path, model: Model) -> Path:
             _write(fd, 0, [memoryview(head)])
             for name, info in header.tensors.items():
                 vector = info.type is GGMLType.F32
-                blocks = memoryview(model.encoded(name)).cast("B") if vector else random_blocks(info.type)
+                blocks = model.encoded(name).data.cast("B") if vector else random_blocks(info.type)
                 _fill(fd, info.offset, info.nbytes, blocks)
         finally:
             os.close(fd)
@@ -64,7 +64,8 @@ def write(path: Path, model: Model) -> Path:
 def random_blocks(kind: GGMLType) -> memoryview:
     """Bytes of blocks whose weights have a standard deviation of 1/64, which suits rows of a few thousand."""
     weights = np.random.default_rng(0).standard_normal(POOL_SHAPE, dtype=np.float32) / np.float32(64)
-    return memoryview(libgguf.quantize_rows(weights, GGMLQuantizationType(kind).value).view(np.uint8)).cast("B")
+    blocks: np.ndarray = libgguf.quantize_rows(weights, GGMLQuantizationType(kind).value)
+    return blocks.view(np.uint8).data.cast("B")
 
 
 def _fill(fd: int, offset: int, nbytes: int, pool: memoryview) -> None:
