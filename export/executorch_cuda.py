@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from torch.export import ExportedProgram
 
 from gemma4.export.executorch_method import ConstantMethods
+from gemma4.export.low_memory import patched_compiler
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
@@ -36,15 +37,16 @@ def lower_cuda(programs: Mapping[str, ExportedProgram], constants: ConstantMetho
         return CudaPartitioner([CudaBackend.generate_method_name_compile_spec(name), CompileSpec(*_LOW_MEMORY)])
 
     # Kernels become visible before ExecuTorch makes mutation explicit: it cannot call an operator that mutates.
-    launches = {
-        name: program.run_decompositions({}, decompose_custom_triton_ops=True) for name, program in programs.items()
-    }
-    edge = to_edge_transform_and_lower(
-        launches,
-        partitioner={name: [partitioner(name)] for name in programs},
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=constants,
-    )
+    with patched_compiler():
+        launches = {
+            name: program.run_decompositions({}, decompose_custom_triton_ops=True) for name, program in programs.items()
+        }
+        edge = to_edge_transform_and_lower(
+            launches,
+            partitioner={name: [partitioner(name)] for name in programs},
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            constant_methods=constants,
+        )
     return edge.to_executorch(
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),

@@ -1,14 +1,15 @@
 """Compiling a model whose weights and caches take no memory, and opening what was compiled.
 
 The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
-dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss, and a
-fifth the assembly in our kernels:
+dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss, and
+two more take our kernels amiss:
 
     clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
     is_same_tensor                  tells constants apart by address; all freed ones have address 0 and would be merged
     FakeTensorProp.get_attr         gives tensors to operators that compute with them; a freed one becomes a fake one
     get_original_value_of_constant  what is serialized of a buffer: of a freed one zeros, which is what it held
     ttir_to_functions               which arguments a kernel writes: all, where assembly is not known to write none
+    convert_cubin_to_obj            names an object by the kernel's code, which two kernels may share
 
 Names are checked against the torch that is installed, and versions other than those tried are refused.
 """
@@ -16,6 +17,7 @@ Names are checked against the torch that is installed, and versions other than t
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -41,6 +43,7 @@ PATCHED_NAMES: Final = (
     ("torch._inductor.graph", "GraphLowering.get_original_value_of_constant"),
     ("torch.fx.passes.fake_tensor_prop", "FakeTensorProp.get_attr"),
     ("torch._higher_order_ops.triton_kernel_wrap", "ttir_to_functions"),
+    ("torch._inductor.codecache", "convert_cubin_to_obj"),
 )
 # Module, attribute: what is called.
 CALLED_NAMES: Final = (
@@ -94,9 +97,8 @@ def low_memory(module: nn.Module) -> Iterator[None]:
     Buffers that hold anything else stay as they are. Freed buffers are zeros again afterwards, also after an exception;
     tensors that came without storage leave without. Raises UnsupportedFeatureError, see `check_torch`.
     """
-    check_torch()
     freed: dict[Tensor, int] = {}
-    with ExitStack() as stack:
+    with patched_compiler(), ExitStack() as stack:
         stack.callback(_restore, freed)
         for buffer in module.buffers():
             storage = buffer.untyped_storage()
@@ -104,6 +106,14 @@ def low_memory(module: nn.Module) -> Iterator[None]:
             if is_whole and not is_without_storage(buffer) and not bool(buffer.any()):
                 freed[buffer] = storage.nbytes()
                 storage.resize_(0)
+        yield
+
+
+@contextmanager
+def patched_compiler() -> Iterator[None]:
+    """While the block runs, the compiler does as said above. Raises UnsupportedFeatureError, see `check_torch`."""
+    check_torch()
+    with ExitStack() as stack:
         for (module_name, path), replacement in zip(PATCHED_NAMES, _REPLACEMENTS, strict=True):
             owner_path, _, name = path.rpartition(".")
             owner = importlib.import_module(module_name)
@@ -171,12 +181,20 @@ def _ttir_to_functions(original: Callable[..., Any]) -> Callable[..., Any]:
     return to_functions
 
 
+def _convert_cubin_to_obj(original: Callable[..., str]) -> Callable[..., str]:
+    def convert(cubin_file: str, kernel_name: str, *tools: str) -> str:
+        return original(shutil.copyfile(cubin_file, f"{cubin_file}.{kernel_name}"), kernel_name, *tools)
+
+    return convert
+
+
 _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _clone_preserve_strides,
     _is_same_tensor,
     _get_original_value,
     _get_attr,
     _ttir_to_functions,
+    _convert_cubin_to_obj,
 )
 
 

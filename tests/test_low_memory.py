@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -149,3 +151,14 @@ def test_a_kernel_that_waits_writes_its_outputs_only() -> None:
         outputs = written_by(kernel, arguments)
     assert outputs
     assert not outputs & inputs
+
+
+def test_kernels_of_the_same_code_have_objects_of_their_own(tmp_path: Path) -> None:
+    binary = tmp_path / "code.fatbin"
+    binary.write_bytes(b"sass")
+    with low_memory.patched_compiler():
+        convert = importlib.import_module("torch._inductor.codecache").convert_cubin_to_obj
+        objects = [convert(str(binary), name, "ld", "objcopy") for name in ("norm_3", "norm_7")]
+    symbols = [subprocess.check_output(["nm", obj], text=True) for obj in objects]
+    assert ["norm_3" in text for text in symbols] == [True, False]
+    assert ["norm_7" in text for text in symbols] == [False, True]
