@@ -17,7 +17,7 @@ from tests.tiny_gguf import Model
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
     from benchmarks.size_runs import measure_pairs
-    from benchmarks.sizes import TABLE, describe, read_measured, row
+    from benchmarks.sizes import TABLE, describe, measure, read_measured, row
     from benchmarks.synthesize import write
 
 
@@ -79,6 +79,27 @@ def test_measuring_goes_on_after_a_failure(tmp_path: Path) -> None:
         assert found["planned_total_bytes"] > found["planned_allocated_bytes"] > found["file_bytes"] / 2
 
 
+def test_results_are_lines_of_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pairs = [("E2B", "Q8_0"), ("31B", "Q6_K")]
+    figures = [{"load_s": 2.0, "decode_s": 0.01}, {"error": "OutOfMemoryError: no"}]
+
+    def measured(pairs: list[tuple[str, str]], *_: object) -> Iterator[dict[str, object]]:
+        for (size, recipe), found in zip(pairs, figures, strict=True):
+            yield {"size": size, "recipe": recipe, **found}
+
+    monkeypatch.setattr("benchmarks.size_runs.measure_pairs", measured)
+    measure(pairs, tmp_path, "abc")
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"size": size, "recipe": recipe, **found, "commit": "abc"}
+        for (size, recipe), found in zip(pairs, figures, strict=True)
+    ]
+    assert "E2B Q8_0: loaded in 2.00 s, 100.0 tokens/s" in err
+    assert "31B Q6_K: OutOfMemoryError: no" in err
+
+
 def test_rows_with_and_without_measured_figures(tmp_path: Path) -> None:
     figures = {"load_s": 1.234, "decode_s": 0.0125, "gpu_peak_bytes": 4.56 * 2**30}
     old, new = tmp_path / "old.json", tmp_path / "new.json"
@@ -97,3 +118,12 @@ def test_rows_with_and_without_measured_figures(tmp_path: Path) -> None:
     assert (found["GB"], found["GiB at 8,192"], found["full context"]) == ("3.35", "4.1", "131,072")
     assert describe(measured) == "- Measured on one a GPU, torch 2, Triton 3, commit abc.\n"
     assert describe({}) == ""
+
+
+@pytest.mark.gpu
+def test_measuring_on_a_gpu(tmp_path: Path) -> None:
+    results = list(measure_pairs([("E2B", "Q4_K_M"), ("12B", "IQ4_XS")], tmp_path, torch.device("cuda"), SHRUNKEN))
+    for result in results:
+        assert "error" not in result, result["error"]
+        assert result["gpu_peak_bytes"] > result["gpu_before_bytes"]
+        assert result["gpu_peak_bytes"] > result["peak_allocated_bytes"] > result["file_bytes"] / 2
