@@ -1,8 +1,8 @@
 """Key/value caches: objects that a forward pass is given, so that one model serves any number of generations.
 
-Keys and values are [1, num_key_value_heads, length, head_dim]. Full layers keep every position. Sliding layers keep a
-ring of twice their window, position p in slot p % length, so that a prefill chunk may be as long as the ring. Full
-layers whose values are their keys hold both as one tensor (`gemma4.kernels.tied_rope_cache`).
+Keys and values are [1, num_key_value_heads, length, head_dim]. Full layers keep every position, sliding layers a ring
+of a little more than their window (`gemma4.ring`). Full layers whose values are their keys hold both as one tensor
+(`gemma4.kernels.tied_rope_cache`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gemma4.config import CacheKind, Gemma4Config, LayerConfig, LayerKind
 from gemma4.kernels.decode_attention import MAX_TOKENS
@@ -20,6 +21,7 @@ from gemma4.kernels.tied_prefill_attention import tied_prefill_attention
 from gemma4.kernels.tied_rope_cache import tied_norm_rope, tied_norm_rope_cache, tied_queries
 from gemma4.quant.errors import ContextError
 from gemma4.quant.linear import Rows
+from gemma4.ring import chunk_size, ring_length
 from gemma4.rope import tied_dims
 from gemma4.rows import RowMaker
 from gemma4.turboquant_cache import TurboQuantCache
@@ -140,10 +142,26 @@ class LayerCache:
 
     def commit(self, input_pos: Tensor) -> None:
         if self.chunk is not None:
-            slots = input_pos % self.k.shape[2]
-            self.k.index_copy_(2, slots, self.chunk[0])
-            self.v.index_copy_(2, slots, self.chunk[1])
+            length = self.k.shape[2]
+            kept = last_of_each_slot(input_pos, length)
+            slots = input_pos[kept] % length
+            for ring, rows in zip((self.k, self.v), self.chunk, strict=True):
+                ring.index_copy_(2, slots, rows[:, :, kept])
             self.chunk = None
+
+
+def last_of_each_slot(input_pos: Tensor, length: int) -> slice | Tensor:
+    """Which of a chunk's positions to write into a ring: which of two writes to one slot stays is not defined.
+
+    Where the number of positions is open, each is replaced by the last that shares its slot: then all write the same.
+    """
+    tokens = input_pos.shape[0]
+    if isinstance(tokens, int):
+        return slice(max(0, tokens - length), None)
+    if statically_known_true(tokens <= length):
+        return slice(None)
+    index = torch.arange(tokens, device=input_pos.device)
+    return index + (tokens - 1 - index) // length * length
 
 
 class TiedCache:
@@ -238,7 +256,8 @@ class KVCache:
                 f"found {max_seq_len}, expected 1 to {config.context_length}, the model's context", field="max_seq_len"
             )
         self.max_seq_len = max_seq_len
-        self.chunk_size = min(2 * config.sliding_window, max_seq_len)  # the longest forward pass the rings take
+        self.chunk_size = chunk_size(config.sliding_window, max_seq_len)  # the longest forward pass
+        self.ring_length = ring_length(config.sliding_window, max_seq_len)
         # A context within the window needs no ring: every position stays visible.
         window_or_all = config.sliding_window if config.sliding_window < max_seq_len else 0
         shared = {layer.kv_source for layer in config.layers}
@@ -251,7 +270,7 @@ class KVCache:
                 self.layers.append(SharedCache(source))
                 continue
             is_sliding, rotated = layer.kind is LayerKind.SLIDING, tied_dims(config, layer)
-            length, window = (self.chunk_size, window_or_all) if is_sliding else (max_seq_len, 0)
+            length, window = (self.ring_length, window_or_all) if is_sliding else (max_seq_len, 0)
             if kind.bits and not is_sliding:
                 self.own[i] = TurboQuantCache(layer, length, rotated, kind.bits, torch.device(device))
             elif rotated:

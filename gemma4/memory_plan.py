@@ -20,6 +20,7 @@ from gemma4.config import CacheKind, Gemma4Config, LayerConfig, LayerKind
 from gemma4.quant.errors import ContextError, DoesNotFitError
 from gemma4.quant.ggml_types import BLOCK_FORMATS, GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
+from gemma4.ring import chunk_size, ring_length
 from gemma4.rope import tied_dims
 from gemma4.workspace import Workspace, loading_bytes
 
@@ -141,13 +142,13 @@ class MemoryModel:
             raise ContextError(
                 f"found {context}, expected 1 to {config.context_length}, the model's context", field="context"
             )
-        chunk = min(2 * config.sliding_window, context)
+        chunk, ring = chunk_size(config.sliding_window, context), ring_length(config.sliding_window, context)
         groups: list[LayerGroup] = []
         sizes: list[int] = []
         for kind in LayerKind:
             own = [layer for layer in config.layers if layer.kind is kind and layer.kv_source is None]
             if own:
-                positions = chunk if kind is LayerKind.SLIDING else context
+                positions = ring if kind is LayerKind.SLIDING else context
                 per_token = [size for layer in own for size in kv_tensors(config, layer, self.kv_cache, self.itemsize)]
                 groups.append(LayerGroup(kind, len(own), positions, sum(per_token)))
                 sizes += [positions * size for size in per_token]

@@ -66,7 +66,7 @@ class Session:
         kv_cache: CacheKind = CacheKind.LOSSLESS,
     ) -> Session:
         cache = KVCache(model.config, max_seq_len, model.dtype, model.norm.weight.device, kv_cache)
-        history = TokenHistory(model.config.sliding_window, cache.chunk_size)
+        history = TokenHistory(model.config.sliding_window, cache.ring_length)
         return cls(DecodeLoop(model, cache, params, suppress_ids), history)
 
 

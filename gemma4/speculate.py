@@ -11,8 +11,8 @@ is the model's own and ends the round. So a round yields 1 to k + 1 tokens and i
   and else choosing among the other tokens is the same as to sample first and compare then.
 
 Rejected tokens leave keys and values behind, at the positions after the last known token. They are masked until the
-tokens that come to stand there replace them. A ring of twice the window W lost positions p - W + k and before to them,
-p the last known token, which are out of its sight for k <= W.
+tokens that come to stand there replace them. A ring of W + s positions, W its window, lost p + k - W - s and those
+before to them, p the last known token, which are out of sight of what comes after p for k <= s (`gemma4.ring`).
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def visible_peak(
     """Most bytes alive in a pass of a model, without what ops take inside themselves."""
     cache = KVCache(model.config, context, model.dtype, device, kv_cache)
     ids = torch.arange(tokens, device=device)
-    known = [*model.parameters(), *(t for layer in cache.own.values() for t in layer.tensors().values())]
+    known = [ids, *model.parameters(), *(t for layer in cache.own.values() for t in layer.tensors().values())]
     return peak_live_bytes(lambda: model(ids, ids, cache), known)
 
 

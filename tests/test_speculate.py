@@ -119,7 +119,7 @@ def test_a_pass_of_few_tokens_has_the_bits_of_single_passes(name: str, form: str
     if form == "quantized rows":
         model.model.max_packed_rows = 8
     ids = np.random.default_rng(0).integers(0, 128, 60).tolist()
-    for split, count in ((20, 2), (30, 8)):  # the second crosses the end of a ring of 32
+    for split, count in ((20, 2), (44, 8)):  # the second crosses the end of a ring of 24
         tokens = ids[: split + count]
         (one, one_cache), (other, other_cache) = (few_tokens(model, tokens, split, joint=j) for j in (False, True))
         assert torch.equal(one, other)
