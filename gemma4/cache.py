@@ -21,6 +21,7 @@ from gemma4.kernels.tied_prefill_attention import tied_prefill_attention
 from gemma4.kernels.tied_rope_cache import tied_norm_rope, tied_norm_rope_cache, tied_queries
 from gemma4.quant.errors import ContextError
 from gemma4.quant.linear import Rows
+from gemma4.quant.reserve import reserve
 from gemma4.ring import chunk_size, ring_length
 from gemma4.rope import tied_dims
 from gemma4.rows import RowMaker
@@ -255,6 +256,9 @@ class KVCache:
             raise ContextError(
                 f"found {max_seq_len}, expected 1 to {config.context_length}, the model's context", field="max_seq_len"
             )
+        device = torch.device(device)
+        if device.type == "cuda":
+            reserve(KVCache(config, max_seq_len, dtype, "meta", kind).tensors(), device)
         self.max_seq_len = max_seq_len
         self.chunk_size = chunk_size(config.sliding_window, max_seq_len)  # the longest forward pass
         self.ring_length = ring_length(config.sliding_window, max_seq_len)
@@ -272,11 +276,11 @@ class KVCache:
             is_sliding, rotated = layer.kind is LayerKind.SLIDING, tied_dims(config, layer)
             length, window = (self.ring_length, window_or_all) if is_sliding else (max_seq_len, 0)
             if kind.bits and not is_sliding:
-                self.own[i] = TurboQuantCache(layer, length, rotated, kind.bits, torch.device(device))
+                self.own[i] = TurboQuantCache(layer, length, rotated, kind.bits, device)
             elif rotated:
-                self.own[i] = TiedCache(layer, length, rotated, dtype, torch.device(device))
+                self.own[i] = TiedCache(layer, length, rotated, dtype, device)
             else:
-                self.own[i] = LayerCache(layer, length, window, dtype, torch.device(device), is_shared=i in shared)
+                self.own[i] = LayerCache(layer, length, window, dtype, device, is_shared=i in shared)
             self.layers.append(self.own[i])
 
     def commit(self, input_pos: Tensor) -> None:
@@ -284,6 +288,10 @@ class KVCache:
         for layer in self.own.values():
             layer.commit(input_pos)
 
+    def tensors(self) -> list[Tensor]:
+        """Those of all layers."""
+        return [tensor for layer in self.own.values() for tensor in layer.tensors().values()]
+
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.own.values() for tensor in layer.tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors())

@@ -25,6 +25,7 @@ from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.packed_io import load_packed, save_packed
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadPlan
+from gemma4.quant.reserve import reserve_weights
 
 _CONFIG: Final = "gemma4.config"
 _PLAN: Final = "gemma4.plan"
@@ -73,6 +74,7 @@ def load_model(
         model = TextModel(config, plan, dtype, device)
     except MissingTensorError as error:
         raise MetadataError(f"the plan lacks the weight {error.field}", path=path, field=_PLAN) from error
+    reserve_weights(model, device)
     modules, vectors = dict(model.named_modules()), dict(model.named_parameters())
     for name, tensor in tensors.items():
         module = modules.get(name)

@@ -6,7 +6,7 @@
     print(plan.describe())
 
 A plan counts one generation: weights, the KV cache for all its positions, the most that is alive in a pass beside them,
-and what PyTorch and CUDA take for themselves. Rounding follows PyTorch's CUDACachingAllocator with default settings.
+and what PyTorch and CUDA take for themselves.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gemma4.config import CacheKind, Gemma4Config, LayerConfig, LayerKind
 from gemma4.quant.errors import ContextError, DoesNotFitError
 from gemma4.quant.ggml_types import BLOCK_FORMATS, GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
+from gemma4.quant.segments import block_bytes, segment_bytes
 from gemma4.ring import chunk_size, ring_length
 from gemma4.rope import tied_dims
 from gemma4.workspace import Workspace, loading_bytes
@@ -41,10 +42,6 @@ _PLANE_BYTES: Final[dict[GGMLType, tuple[int, ...]]] = {
     GGMLType.Q4_1: (16, 4),
 }
 _LEAST_TURBOQUANT_DIMS: Final = 64
-_ALIGNMENT: Final = 512
-_LARGE: Final = 10 << 20
-_LARGE_STEP: Final = 2 << 20
-_LEAST_SPLIT: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +126,8 @@ class MemoryModel:
         self.config = config
         self.kv_cache = kv_cache
         self.itemsize = itemsize
-        self._weights = _Taken.by(
-            size for entry in load_plan.entries if not entry.in_host_memory for size in weight_planes(entry)
-        )
+        on_gpu = [entry for entry in load_plan.entries if not entry.in_host_memory]
+        self._weights = [size for entry in on_gpu for size in weight_planes(entry)]
         self._workspace = Workspace(config, load_plan, itemsize)
         self._loading_bytes = loading_bytes(load_plan)
 
@@ -152,20 +148,20 @@ class MemoryModel:
                 per_token = [size for layer in own for size in kv_tensors(config, layer, self.kv_cache, self.itemsize)]
                 groups.append(LayerGroup(kind, len(own), positions, sum(per_token)))
                 sizes += [positions * size for size in per_token]
-        weights, kv = self._weights, _Taken.by(sizes)
+        weight_segments, kv_segments = segment_bytes(self._weights), segment_bytes(sizes)
         prefill, decode = self._workspace.prefill_bytes(chunk), self._workspace.decode_bytes()
         return MemoryPlan(
             name=config.name,
             context=context,
             kv_cache=self.kv_cache,
             chunk=chunk,
-            weight_bytes=weights.nbytes,
+            weight_bytes=sum(self._weights),
             kv=tuple(groups),
             prefill_bytes=prefill,
             decode_bytes=decode,
-            allocated_bytes=weights.allocated + kv.allocated + max(prefill, decode),
-            rounding_bytes=weights.reserved - weights.nbytes + kv.reserved - kv.nbytes,
-            loading_bytes=max(0, self._loading_bytes - kv.reserved - prefill - decode),
+            allocated_bytes=block_bytes(self._weights) + block_bytes(sizes) + max(prefill, decode),
+            rounding_bytes=weight_segments + kv_segments - sum(self._weights) - sum(sizes),
+            loading_bytes=max(0, self._loading_bytes - kv_segments - prefill - decode),
         )
 
     def longest_context(self, available_bytes: int) -> int:
@@ -220,30 +216,3 @@ def kv_tensors(config: Gemma4Config, layer: LayerConfig, kv_cache: CacheKind, it
 def gib(size: int) -> str:
     """Bytes in the unit in which graphics cards are sold."""
     return f"{size / (1 << 30):.2f} GiB"
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """Sums over tensors: their bytes, what PyTorch counts as allocated for them, what they take of a GPU."""
-
-    nbytes: int
-    allocated: int
-    reserved: int
-
-    @classmethod
-    def by(cls, sizes: Iterable[int]) -> _Taken:
-        sizes = list(sizes)
-        return cls(sum(sizes), sum(map(_allocated, sizes)), sum(map(_reserved, sizes)))
-
-
-def _reserved(size: int) -> int:
-    """A large tensor has a segment of its own, smaller ones share theirs."""
-    step = _LARGE_STEP if size >= _LARGE else _ALIGNMENT
-    return -(-size // step) * step
-
-
-def _allocated(size: int) -> int:
-    """What is left of a segment counts as part of the tensor where it is too small to be split off."""
-    rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
-    rest = _reserved(size) - rounded
-    return rounded + (rest if rest <= _LEAST_SPLIT else 0)

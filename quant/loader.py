@@ -20,6 +20,7 @@ from gemma4.quant.formats import container_for
 from gemma4.quant.ggml_types import row_bytes
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
+from gemma4.quant.reserve import reserve_weights
 from gemma4.quant.weight_file import WeightFile
 
 SLICE_BYTES = 32 << 20
@@ -76,6 +77,7 @@ def load_weights(
     Raises UnexpectedTensorError, MissingTensorError or ShapeError where plan and model do not match.
     """
     modules = dict(model.named_modules())
+    reserve_weights(model, device)
     slices: list[_Slice] = []
     for entry in plan.entries:
         weight = modules.get(entry.target)
