@@ -25,7 +25,7 @@ from gemma4.ring import chunk_size, ring_length
 from gemma4.rope import tied_dims
 from gemma4.workspace import Workspace, loading_bytes
 
-CONTEXT_BYTES: Final = 500 << 20
+CONTEXT_BYTES: Final = 296 << 20
 """Allowance for what CUDA takes when a process begins to use a GPU."""
 RUNTIME_BYTES: Final = 160 << 20
 """Allowance for loaded kernels, cuBLAS's workspace and the captured decode graph."""

@@ -17,7 +17,7 @@ from gemma4.quant.plan import LoadEntry, LoadPlan
 
 # Limits of `gemma4.kernels.linear`, `gemma4.quant.linear` and `gemma4.quant.loader`, here so that planning does not
 # import torch.
-SCRATCH_BYTES: Final = 256 << 20
+SCRATCH_BYTES: Final = 128 << 20
 ALIGNED_ROWS: Final = 128
 CHUNK_BYTES: Final = 64 << 20
 LOADER_SLICE_BYTES: Final = 32 << 20

@@ -43,7 +43,7 @@ __all__ = [
     "q8_0_linear",
 ]
 
-SCRATCH_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
+SCRATCH_BYTES = {"cuda": 128 << 20, "cpu": 16 << 20}
 """Most bytes of decoded weights held at a time, by device, save for the smallest piece."""
 ALIGNED_ROWS = 128
 """Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
