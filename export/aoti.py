@@ -48,7 +48,7 @@ from gemma4.export.manifest import (
 )
 from gemma4.export.methods import EXAMPLE_TOKENS, Method, MethodName, methods_of
 from gemma4.export.peaks import Peaks
-from gemma4.kernels.dependent_launch import dependent_kernels
+from gemma4.kernels.dependent_launch import dependent_kernels, recorded_as_dependent
 from gemma4.mapping import plan_load
 from gemma4.model import TextModel
 from gemma4.quant.atomic_directory import atomic_directory
@@ -113,7 +113,7 @@ def export_aoti(
             logger.info("%s", fusion)
         with atomic_directory(out) as folder:
             methods = _methods(file, config, plan, max_seq_len, CacheKind(kv_cache), dtype, device)
-            _compile(methods, folder / PACKAGE, peaks)
+            _compile(methods, device, folder / PACKAGE, peaks)
             first = methods[MethodName.DECODE]
             state, constants = _split(first, plan)
             save_file(
@@ -181,15 +181,15 @@ def _methods(
     return methods_of(model, cache, suppress_ids, with_logits=True)
 
 
-def _compile(methods: Mapping[MethodName, Method], package: Path, peaks: Peaks) -> None:
+def _compile(methods: Mapping[MethodName, Method], device: torch.device, package: Path, peaks: Peaks) -> None:
     files = {}
     try:
         for name, method in methods.items():
-            with low_memory(method):
+            with low_memory(method), recorded_as_dependent():
                 with peaks.phase(f"trace {name}"):
                     program = method.export()
                 with peaks.phase(f"compile {name}"):
-                    files[str(name)] = compile_method(program)
+                    files[str(name)] = compile_method(program, device)
         with peaks.phase("package"):
             write_package(package, files)
     except MemoryError as error:

@@ -2,13 +2,14 @@
 
 The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
 dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss, and
-two more take our kernels amiss:
+three more do not suit our kernels:
 
     clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
     is_same_tensor                  tells constants apart by address; all freed ones have address 0 and would be merged
     FakeTensorProp.get_attr         gives tensors to operators that compute with them; a freed one becomes a fake one
     get_original_value_of_constant  what is serialized of a buffer: of a freed one zeros, which is what it held
-    ttir_to_functions               which arguments a kernel writes: all, where assembly is not known to write none
+    generate_ttir                   a kernel's code, to see which arguments it writes: made again for every launch
+    ttir_to_functions               what that code does: anything, where assembly is not known to write nothing
     convert_cubin_to_obj            names an object by the kernel's code, which two kernels may share
 
 Names are checked against the torch that is installed, and versions other than those tried are refused.
@@ -27,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from gemma4.kernels.dependent_launch import recorded_as_dependent
 from gemma4.quant.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ PATCHED_NAMES: Final = (
     ("torch._inductor.graph", "is_same_tensor"),
     ("torch._inductor.graph", "GraphLowering.get_original_value_of_constant"),
     ("torch.fx.passes.fake_tensor_prop", "FakeTensorProp.get_attr"),
+    ("torch._higher_order_ops.triton_kernel_wrap", "generate_ttir"),
     ("torch._higher_order_ops.triton_kernel_wrap", "ttir_to_functions"),
     ("torch._inductor.codecache", "convert_cubin_to_obj"),
 )
@@ -114,6 +115,8 @@ def patched_compiler() -> Iterator[None]:
     """While the block runs, the compiler does as said above. Raises UnsupportedFeatureError, see `check_torch`."""
     check_torch()
     with ExitStack() as stack:
+        # Else the values of short weights, which nobody has read, would become part of the code.
+        stack.enter_context(importlib.import_module("torch._inductor.config").patch(always_keep_tensor_constants=True))
         for (module_name, path), replacement in zip(PATCHED_NAMES, _REPLACEMENTS, strict=True):
             owner_path, _, name = path.rpartition(".")
             owner = importlib.import_module(module_name)
@@ -167,16 +170,40 @@ def _get_attr(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_attr
 
 
+def _generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
+    made: dict[Any, Any] = {}
+
+    def generate(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
+        # What a kernel writes depends on its compile-time arguments and on which of the others are tensors.
+        key = (
+            kernel,
+            tuple(
+                (p.name, arguments[p.name] if p.is_constexpr else getattr(arguments[p.name], "dtype", None))
+                for p in kernel.params
+            ),
+        )
+        if key not in made:
+            made[key] = original(kernel, arguments, descriptors)
+        return made[key]
+
+    return generate
+
+
 def _ttir_to_functions(original: Callable[..., Any]) -> Callable[..., Any]:
-    def to_functions(*args: Any) -> Any:
-        # Assembly of ours that is called impure keeps its place and number in a program; none of it writes memory.
-        return {
-            name: {
-                value: [replace(op, is_pure=True) if op.name == "tt.elementwise_inline_asm" else op for op in ops]
-                for value, ops in operations.items()
+    read: dict[int, tuple[Any, Any]] = {}
+
+    def to_functions(module: Any) -> Any:
+        if id(module) not in read:
+            # Assembly of ours that is called impure keeps its place and number in a program; none of it writes memory.
+            functions = {
+                name: {
+                    value: [replace(op, is_pure=True) if op.name == "tt.elementwise_inline_asm" else op for op in ops]
+                    for value, ops in operations.items()
+                }
+                for name, operations in original(module).items()
             }
-            for name, operations in original(*args).items()
-        }
+            read[id(module)] = module, functions
+        return read[id(module)][1]
 
     return to_functions
 
@@ -193,28 +220,29 @@ _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _is_same_tensor,
     _get_original_value,
     _get_attr,
+    _generate_ttir,
     _ttir_to_functions,
     _convert_cubin_to_obj,
 )
 
 
-def compile_method(program: ExportedProgram) -> list[Any]:
-    """Compiles a method, its weights left out. Returns the files for `write_package`."""
+def compile_method(program: ExportedProgram, device: torch.device) -> list[Any]:
+    """Compiles a method for `device`, its weights left out. Returns the files for `write_package`."""
     inductor = importlib.import_module("torch._inductor")
-    options = {
+    options: dict[str, Any] = {
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
-        # Else the values of short weights, which nobody has read, would become part of the code.
-        "always_keep_tensor_constants": True,
         # The code between kernels: optimizing it takes minutes and saves microseconds.
         "aot_inductor.compile_wrapper_opt_level": "O0",
     }
+    if device.type == "cuda":
+        # Trying out which vector instructions the host has takes a minute; nothing here computes on the host.
+        options["cpp.vec_isa_ok"] = False
     args, kwargs = program.example_inputs or ((), {})
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True  # our operators' bodies are traced here: no launch options of eager runs
     try:
-        with recorded_as_dependent():
-            files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
+        files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
     finally:
         torch.compiler._is_compiling_flag = before
     return files

@@ -185,7 +185,7 @@ def test_a_failure_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(program: object) -> None:
+    def fail(program: object, device: object) -> None:
         raise failure
 
     monkeypatch.setattr(aoti, "compile_method", fail)
@@ -196,7 +196,7 @@ def test_a_failure_leaves_nothing(
 
 def test_what_does_not_run_is_not_kept(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial run is another process: here it finds a package that is none."""
-    monkeypatch.setattr(aoti, "compile_method", lambda program: [])
+    monkeypatch.setattr(aoti, "compile_method", lambda program, device: [])
     monkeypatch.setattr(aoti, "write_package", lambda path, files: path.write_bytes(b"PK"))
     with pytest.raises(ExportError, match=r"the exported model does not run: .*cannot be opened"):
         export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
@@ -204,7 +204,7 @@ def test_what_does_not_run_is_not_kept(gguf: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_crash_of_what_was_made_is_explained(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aoti, "compile_method", lambda program: [])
+    monkeypatch.setattr(aoti, "compile_method", lambda program, device: [])
     monkeypatch.setattr(aoti, "write_package", lambda path, files: path.write_bytes(b"PK"))
     crash = tmp_path / "python"
     crash.write_text("#!/bin/sh\nkill -SEGV $$\n")
@@ -217,7 +217,7 @@ def test_a_crash_of_what_was_made_is_explained(gguf: Path, tmp_path: Path, monke
 def test_killed_it_leaves_nothing_at_the_path(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import sys, time\nfrom gemma4.export import aoti\n"
-        "aoti.compile_method = lambda program: print('compiling', flush=True) or time.sleep(60)\n"
+        "aoti.compile_method = lambda program, device: print('compiling', flush=True) or time.sleep(60)\n"
         f"aoti.export_aoti(sys.argv[1], sys.argv[2], max_seq_len={LENGTH}, target='cpu')\n"
     )
     command = [sys.executable, "-c", code, str(gguf), str(tmp_path / "out")]
@@ -228,7 +228,7 @@ def test_killed_it_leaves_nothing_at_the_path(gguf: Path, tmp_path: Path, monkey
     assert not (tmp_path / "out").exists()
     # The next export to the same place cleans up.
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(aoti, "compile_method", lambda program: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(aoti, "compile_method", lambda program, device: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(ExportError):
         export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
     assert list(tmp_path.iterdir()) == []

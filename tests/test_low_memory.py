@@ -147,8 +147,14 @@ def test_a_kernel_that_waits_writes_its_outputs_only() -> None:
     arguments = {name: arguments[name] for name in kernel.arg_names}
     inputs = {"gate_ptr", "up_ptr"}
     assert inputs < written_by(kernel, arguments)
-    with low_memory.low_memory(nn.Module()):
+    code = mock.Mock(wraps=triton_kernel_wrap.generate_ttir)
+    with mock.patch.object(triton_kernel_wrap, "generate_ttir", code), low_memory.patched_compiler():
         outputs = written_by(kernel, arguments)
+        longer = {name: x.repeat(2, 1) if name in inputs else x for name, x in arguments.items()}
+        assert written_by(kernel, longer) == outputs
+        assert code.call_count == 1  # its code is made once
+        assert written_by(kernel, arguments | {"PDL": False}) == outputs
+        assert code.call_count == 2
     assert outputs
     assert not outputs & inputs
 
