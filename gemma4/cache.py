@@ -293,5 +293,10 @@ class KVCache:
         return [tensor for layer in self.own.values() for tensor in layer.tensors().values()]
 
     @property
+    def rings(self) -> list[Tensor]:
+        """The tensors in which new positions overwrite old ones."""
+        return [tensor for layer in self.own.values() if layer.window for tensor in layer.tensors().values()]
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())

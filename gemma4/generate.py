@@ -82,7 +82,7 @@ def generate_tokens(
     start = history.resume(ids)
     history.will_write(len(ids))
     logits = prefill(loop.model, loop.cache, ids[start:], start)
-    history.ids += ids[start:]
+    history.end_prompt(ids, len(ids) + max_new_tokens)
     loop.start(logits, len(ids), seed)
     for remaining in range(max_new_tokens - 1, -1, -1):
         read = loop.read()

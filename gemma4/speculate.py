@@ -212,7 +212,7 @@ def speculate_tokens(
     start = history.resume(ids)
     history.will_write(len(ids))
     loop.prefill(ids, start, seed)
-    history.ids += ids[start:]
+    history.end_prompt(ids, len(ids) + max_new_tokens + loop.num_draft_tokens)
     last = int(loop.token)
     new_ids = [last]
     for _ in range(max_new_tokens):

@@ -17,6 +17,7 @@ from gemma4 import Gemma4
 from gemma4.cache import KVCache
 from gemma4.generate import generate_tokens, prefill
 from gemma4.quant.errors import ContextError
+from gemma4.ring_snapshot import RingSnapshot
 from gemma4.sampling import SamplingParams
 from gemma4.session import Session, TokenHistory
 from tests.tiny_gguf import gemma4
@@ -72,56 +73,103 @@ def fresh_ids(model: Gemma4, ids: Sequence[int], count: int) -> list[int]:
 # Bookkeeping
 
 
+def no_rings() -> RingSnapshot:
+    return RingSnapshot([])
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_history_knows_exactly_what_a_ring_holds(seed: int) -> None:
     choose = random.Random(seed)
     window = choose.randint(2, 6)
     ring = choose.randint(window, 3 * window)
-    history = TokenHistory(window, ring)
-    slots: dict[int, tuple[int, int]] = {}  # slot -> (position, token)
-    reused = refused = 0
-    for _ in range(400):
-        length = choose.randint(1, 5 * ring)
-        if history.ids and choose.random() < 0.8:  # go on from somewhere in what is there, often near its end
+    slots = torch.full((ring, 2), -1)  # slot -> (position, token)
+    history = TokenHistory(window, ring, RingSnapshot([slots]))
+    full: dict[int, int] = {}  # what a full layer holds: position -> token
+    asked: list[int] = []  # the last prompt
+    reused = refused = restored = 0
+
+    def holds(ids: list[int], start: int) -> bool:
+        return all(slots[p % ring].tolist() == [p, ids[p]] for p in range(max(0, start - window + 1), start))
+
+    def write(position: int, token: int) -> None:
+        slots[position % ring] = torch.tensor([position, token])
+        full[position] = token
+
+    for _ in range(300):
+        ids = [choose.randint(0, 1) for _ in range(choose.randint(1, 5 * ring))]
+        choice = choose.random()
+        if history.ids and choice < 0.5:  # go on from somewhere in what is there, often near its end
             keep = max(0, len(history.ids) - choose.choice([0, 1, choose.randint(0, window + 1), 3 * ring]))
-            ids = history.ids[:keep] + [choose.randint(0, 1) for _ in range(choose.randint(1, ring))]
-        else:
-            ids = [choose.randint(0, 1) for _ in range(length)]
+            ids = history.ids[:keep] + ids[: choose.randint(1, ring)]
+        elif choice < 0.8:  # or from about the end of the last prompt
+            keep = max(0, len(asked) - choose.choice([0, 0, 1, choose.randint(0, window)]))
+            ids = asked[:keep] + ids[: choose.randint(1, ring)]
         before = list(history.ids)
+        most = next((i for i, pair in enumerate(zip(before, ids[:-1], strict=False)) if len({*pair}) > 1), None)
+        most = min(len(before), len(ids) - 1) if most is None else most
+        held = holds(ids, most)
         start = history.resume(ids)
         assert start < len(ids)
-        assert history.ids == ids[:start] == before[:start]
-        needed = range(max(0, start - window + 1), start)
-        assert all(slots[p % ring] == (p, ids[p]) for p in needed)
-        common = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
-        most = min(common, len(before), len(ids) - 1)
+        assert history.ids == ids[:start] == before[:start] == [full[p] for p in range(start)]
+        assert holds(ids, start)
+        assert start <= most
         if start < most:
             # Going back that far is refused only where something that is needed is gone.
-            assert start == 0
-            assert any(slots[p % ring] != (p, ids[p]) for p in range(max(0, most - window + 1), most))
+            assert not held
+            if most >= len(asked) - 1 and len(asked) > ring - window:
+                assert start >= len(asked) - 1  # the end of the last prompt is never lost
             refused += 1
         reused += start > 0
+        restored += start > 0 and not held
         while len(history.ids) < len(ids):
             end = min(len(ids), len(history.ids) + choose.randint(1, ring))
             history.will_write(end)
             for p in range(len(history.ids), end):
-                slots[p % ring] = (p, ids[p])
+                write(p, ids[p])
             history.ids += ids[len(history.ids) : end]
+        answer = [choose.randint(0, 1) for _ in range(choose.choice([0, 1, ring - window, 2 * ring]))]
+        history.end_prompt(ids, len(ids) + len(answer) + 1)
+        asked = ids
+        for token in answer:
+            history.will_write(len(history.ids) + 1)
+            write(len(history.ids), token)
+            history.ids.append(token)
         if choose.random() < 0.3:  # a step whose token nobody has read
-            history.will_write(len(ids) + 1)
-            slots[len(ids) % ring] = (len(ids), -1)
+            history.will_write(len(history.ids) + 1)
+            write(len(history.ids), -1)
     assert reused > 20
+    assert restored > 5
     assert ring > 2 * window or refused > 0
 
 
 def test_how_far_back_a_ring_goes() -> None:
     for written in (5 * RING, 5 * RING + 7):
         for back in range(1, 2 * RING):
-            history = TokenHistory(WINDOW, RING)
+            history = TokenHistory(WINDOW, RING, no_rings())
             history.will_write(written)
             history.ids = list(range(written))
             start = history.resume([*range(written - back), -1])
             assert start == (written - back if back <= RING - WINDOW + 1 else 0)
+
+
+@pytest.mark.parametrize(("prompt", "answer", "is_taken"), [(8, 99, False), (9, 14, False), (9, 16, True)])
+def test_a_snapshot_is_taken_where_an_answer_may_overwrite(
+    prompt: int, answer: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(RingSnapshot, "take", lambda _: taken.append(1))
+    history = TokenHistory(WINDOW, RING, no_rings())
+    ids = list(range(prompt))
+    history.will_write(prompt)
+    history.end_prompt(ids, prompt + answer)
+    assert bool(taken) is is_taken
+    long = list(range(60))
+    history.resume(long)
+    history.will_write(60)
+    history.end_prompt(long, 60 + RING - WINDOW)
+    assert bool(taken) is is_taken
+    history.end_prompt(long, 60 + RING - WINDOW + 1)
+    assert len(taken) == is_taken + 1
 
 
 # The same results
@@ -179,6 +227,46 @@ def test_an_edited_turn(model: Gemma4, text: list[int], edited: int, start: int)
     assert sum(counts) == len(ids) - start + 2
     shorter = ids[:5]
     assert model.generate_ids(shorter, 2) == fresh_ids(model, shorter, 2)
+
+
+@pytest.mark.parametrize("length", [9, RING - 1, RING, CHUNK + 1, 55])
+def test_the_same_prompt_after_an_answer_that_went_round_the_rings(model: Gemma4, text: list[int], length: int) -> None:
+    ids = text[:length]
+    first = model.generate_ids(ids, RING + 1)
+    for _ in range(2):
+        with passes(model) as counts:
+            assert model.generate_ids(ids, RING + 1) == first
+        assert counts == [1] * (RING + 1)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 3])
+def test_a_thought_that_the_template_strips(model: Gemma4, text: list[int], shared: int) -> None:
+    """The next prompt goes on from the end of the one before, or from so much of the answer as the rings still hold."""
+    ids = text[:50]
+    for turn in (text[60:70], text[100:104]):
+        expected = fresh_ids(model, ids, 20)
+        with passes(model) as counts:
+            answer = model.generate_ids(ids, 20)
+        assert answer == expected
+        if turn == text[100:104]:
+            assert sum(counts) == shared + len(text[60:70]) + 1 + 19
+        other = (answer[shared] + 1) % 100
+        ids = [*ids, *answer[:shared], other, *turn]
+
+
+def test_bits_after_going_back_are_those_of_a_session_that_never_went_on(model: Gemma4, text: list[int]) -> None:
+    went_on, stayed = (Session.begin(model.model, 120, GREEDY, ()) for _ in range(2))
+    for session, count in ((went_on, 40), (stayed, 0)):
+        for _ in generate_tokens(session, text[:45], count):
+            pass
+    ids = text[:60]
+    logits = []
+    for session in (went_on, stayed):
+        start = session.history.resume(ids)
+        assert start == 45
+        session.history.will_write(len(ids))
+        logits.append(prefill(model.model, session.loop.cache, ids[start:], start, all_logits=True))
+    assert torch.equal(*logits)
 
 
 def test_a_generation_that_was_left(model: Gemma4, text: list[int]) -> None:
@@ -275,3 +363,15 @@ def test_a_conversation_on_a_gpu(unpacked: Callable[[str], Any], text: list[int]
         assert answer == expected[:6]
         assert model.generate_ids(ids, 8) == expected
         ids = [*ids, *answer, *turn]
+
+
+@pytest.mark.gpu
+def test_going_back_on_a_gpu(unpacked: Callable[[str], Any], text: list[int]) -> None:
+    """Rings come back from pinned memory in the order of the stream, between replays of a captured step."""
+    model = Gemma4.from_gguf(unpacked("dense-f32.gguf"), device="cuda", dtype=torch.float32, max_seq_len=180)
+    for ids in (text[:50], text[:90], text[:90], text[:70]):
+        expected = fresh_ids(model, ids, 60)
+        for _ in range(3):
+            with passes(model) as counts:
+                assert model.generate_ids(ids, 60) == expected
+        assert counts[:1] == [1]

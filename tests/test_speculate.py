@@ -19,6 +19,7 @@ from gemma4.kernels.gelu_mul import gelu_mul
 from gemma4.kernels.packed_matvec import MMA_ROWS
 from gemma4.model import TextModel
 from gemma4.quant.errors import ContextError
+from gemma4.ring_snapshot import RingSnapshot
 from gemma4.speculate import SpeculativeLoop, TokenByToken
 from tests.drafter_gguf import drafter_for
 from tests.family_gguf import with_experts, with_per_layer_inputs
@@ -205,6 +206,20 @@ def test_an_end_within_a_round_and_a_next_turn(load: Callable[[str], tuple[Gemma
             == (plain[: end + 1])
         )
         assert model.generate_ids(question, 20, draft=second, num_draft_tokens=3) == answer
+
+
+def test_the_same_prompt_again(load: Callable[[str], tuple[Gemma4, Drafter]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft goes round the rings; the next generation goes on from the prompt's end, by its copy of them."""
+    model, _ = load("E2B")
+    plain = model.generate_ids(PROMPT, 30)
+    model.forget()
+    restored: list[RingSnapshot] = []
+    restore = RingSnapshot.restore
+    monkeypatch.setattr(RingSnapshot, "restore", lambda snapshot: (restored.append(snapshot), restore(snapshot)))
+    script = Script(plain, len(PROMPT), 0.3)
+    for draft in (script, script, None):
+        assert model.generate_ids(PROMPT, 30, draft=draft, num_draft_tokens=7) == plain
+    assert len(restored) == 2
 
 
 def test_a_quantized_cache(tmp_path: Path) -> None:
