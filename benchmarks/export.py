@@ -101,6 +101,8 @@ def main() -> None:
         if done.returncode:
             break
         results[part] = json.loads(done.stdout.splitlines()[-1])
+        known = {name: value for name, value in results[part].items() if name != "ids"}
+        print(f"  {json.dumps(known)}", file=sys.stderr, flush=True)
     if {"exported", "eager"} <= results.keys():
         compare(results)
     for part, figures in results.items():
