@@ -15,13 +15,12 @@ from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_i
 from gemma4.checkpoint import load_model, save_model
 from gemma4.config import CacheKind, Gemma4Config
 from gemma4.generate import check_ids, check_room, generate_tokens, prefill
-from gemma4.hf_checkpoint import HFCheckpoint
 from gemma4.model import TextModel
+from gemma4.open_weights import open_weights
 from gemma4.opening import open_model, placement
 from gemma4.options import IdOptions, TextOptions
 from gemma4.quant.errors import ContextError
 from gemma4.quant.formats import QuantTensor
-from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadPlan
 from gemma4.sampling import SamplingParams
@@ -70,6 +69,7 @@ class Gemma4:
     ) -> Gemma4:
         """Opens a GGUF file and loads its weights, packed as they are stored.
 
+        path: of the file, any part of a split one, or of a directory with a Hugging Face Gemma 4 checkpoint.
         device: cuda if there is one, else cpu. dtype: of matrix products; float32 on a CPU, bfloat16 on a GPU.
         max_seq_len: positions a generation may use, at most the model's context.
         fuse: join gate and up projections where both are Q4_K.
@@ -82,7 +82,7 @@ class Gemma4:
         """
         device, dtype = placement(device, dtype)
         kind = CacheKind(kv_cache)
-        with GGUFFile.open(path) as file:
+        with open_weights(path) as file:
             model, plan = open_model(
                 file,
                 device,
@@ -108,22 +108,17 @@ class Gemma4:
     ) -> Gemma4:
         """Opens a directory with a Hugging Face Gemma 4 checkpoint (`config.json`, `model*.safetensors`, tokenizer).
 
-        Weights are kept as they are stored: bfloat16, float16 or float32. Arguments and errors as `from_gguf`.
+        Weights are kept as they are stored: bfloat16, float16 or float32. `from_gguf`, which opens directories too,
+        under the name of Hugging Face's libraries; arguments and errors are the same.
         """
-        device, dtype = placement(device, dtype)
-        kind = CacheKind(kv_cache)
-        with HFCheckpoint.open(path) as file:
-            model, plan = open_model(
-                file,
-                device,
-                dtype,
-                max_seq_len,
-                fuse=False,
-                dequantize=False,
-                per_layer_table=per_layer_table,
-                kv_cache=kind,
-            )
-            return cls(model, plan, file.metadata, path=file.path, max_seq_len=max_seq_len, kv_cache=kind)
+        return cls.from_gguf(
+            path,
+            device=device,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+            per_layer_table=per_layer_table,
+            kv_cache=kv_cache,
+        )
 
     @classmethod
     def from_packed(

@@ -1,4 +1,4 @@
-"""The `gemma4` command: look into a GGUF file, see whether it fits a GPU, generate text with it, talk to it.
+"""The `gemma4` command: look into a model's file, see whether it fits a GPU, generate text with it, talk to it.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 a file or
 request that was refused (one line `error [code]: message` says why), 4 more memory needed than there is, 130 stopped by
@@ -45,8 +45,13 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-ModelFile = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A GGUF file, or any part of a split one.", show_default=False)
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        help="A GGUF file, any part of a split one, or a directory with a Hugging Face checkpoint.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")]
@@ -105,11 +110,11 @@ def _program(
 
 @app.command("inspect")
 def inspect(
-    file: ModelFile,
+    file: ModelPath,
     json_: Json = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
-    """Show what a GGUF file of any architecture holds, and how this library would load it."""
+    """Show what a GGUF file of any architecture or a checkpoint holds, and how this library would load it."""
     from gemma4.inspect_file import inspect_file
 
     report = inspect_file(file)
@@ -126,7 +131,7 @@ def inspect(
 
 @app.command("fit")
 def fit(
-    file: ModelFile,
+    file: ModelPath,
     context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")] = 4096,
     kv_cache: KVCache = CacheKind.LOSSLESS,
     gpu_memory: Annotated[
@@ -148,7 +153,7 @@ def fit(
 
 @app.command("generate")
 def generate(
-    file: ModelFile,
+    file: ModelPath,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A file with it. Default: standard input.")
@@ -198,7 +203,7 @@ def generate(
 
 @app.command("chat")
 def chat(
-    file: ModelFile,
+    file: ModelPath,
     system: Annotated[str | None, typer.Option(help="A system text.")] = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think first, if it can.")] = False,
     template: Annotated[
@@ -234,7 +239,9 @@ def chat(
 
 @app.command("convert")
 def convert(
-    file: ModelFile,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A GGUF file, or any part of a split one.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Must not exist, or be empty.")],
     shard_size: Annotated[float, typer.Option(min=0.001, metavar="GB", help="Of one safetensors file at most.")] = 5.0,
 ) -> None:

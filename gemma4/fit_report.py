@@ -11,8 +11,8 @@ from gemma4.config import CacheKind, Gemma4Config
 from gemma4.gpu_memory import first_gpu
 from gemma4.mapping import plan_load
 from gemma4.memory_plan import MemoryModel, MemoryPlan, gib
+from gemma4.open_weights import open_weights
 from gemma4.printable import printable
-from gemma4.quant.gguf_file import GGUFFile
 
 _UNITS: Final = {"": 1 << 30, "GIB": 1 << 30, "GB": 10**9}
 _NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
@@ -59,11 +59,11 @@ class FitReport:
 
 
 def fit_report(path: str | Path, context: int, kv_cache: CacheKind, gpu_bytes: int | None) -> FitReport:
-    """Plans `context` tokens of the file at `path`. gpu_bytes: of a GPU, by default what is free on the first one here.
+    """Plans `context` tokens of the model at `path`. gpu_bytes: of a GPU, by default what is free on the first one.
 
-    Raises the errors of `GGUFFile.open` and `plan_load`, and ContextError.
+    Raises the errors of `open_weights` and `plan_load`, and ContextError.
     """
-    with GGUFFile.open(path) as file:
+    with open_weights(path) as file:
         config = Gemma4Config.from_gguf(file)
         model = MemoryModel(config, plan_load(file, config), kv_cache)
     plan = model.at(context)

@@ -54,7 +54,8 @@ _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "generatio
 class HFCheckpoint:
     """An open directory. A context manager.
 
-    path: as given to `open`. metadata, tensors: under the names a GGUF file has for them.
+    path: as given to `open`. paths: of its shards, in order. file_bytes: of all shards.
+    metadata, tensors: under the names a GGUF file has for them.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class HFCheckpoint:
         rope_factors: list[float],
     ) -> None:
         self.path = path
+        self.paths = tuple(shard.path for shard in shards)
+        self.file_bytes = sum(shard.file_bytes for shard in shards)
         self.metadata = MappingProxyType(dict(metadata))
         self.tensors = MappingProxyType(dict(tensors))
         self._shards = shards

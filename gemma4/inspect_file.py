@@ -1,4 +1,4 @@
-"""What is in a GGUF file, read from its header alone: any architecture, no weights, no torch.
+"""What is in a GGUF file of any architecture, or a Hugging Face checkpoint: headers alone, no weights, no torch.
 
 report = inspect_file("model.gguf")
 report.parameters, report.tensor_types, report.plan
@@ -16,6 +16,7 @@ from typing import Any, Final
 from gemma4.config import Gemma4Config
 from gemma4.drafter_config import DRAFTER_ARCHITECTURES, DrafterConfig, plan_drafter
 from gemma4.mapping import plan_load
+from gemma4.open_weights import open_weights
 from gemma4.quant.errors import Gemma4Error
 from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.gguf_file import GGUFFile, MetadataValue, TensorInfo
@@ -43,14 +44,15 @@ class TypeTotal:
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """The header of one GGUF file or split set, and whether this library runs it.
+    """The header of one GGUF file or split set, or of a checkpoint's shards, and whether this library runs it.
 
+    gguf_version: None for a checkpoint.
     config, plan: None where the file is not one this library runs; `unsupported` then says why.
     """
 
     path: Path
     paths: tuple[Path, ...]
-    gguf_version: int
+    gguf_version: int | None
     file_bytes: int
     metadata: Mapping[str, MetadataValue]
     tensors: tuple[TensorInfo, ...]
@@ -132,14 +134,14 @@ class FileReport:
 
 
 def inspect_file(path: str | Path) -> FileReport:
-    """Reads the header at `path`. A file that cannot be run is still reported, with the reason in `unsupported`.
+    """Reads the headers at `path`. A file that cannot be run is still reported, with the reason in `unsupported`.
 
-    Raises the errors of `GGUFFile.open`.
+    Raises the errors of `open_weights`.
     """
     config: Gemma4Config | None = None
     plan: LoadPlan | None = None
     unsupported: Gemma4Error | None = None
-    with GGUFFile.open(path) as file:
+    with open_weights(path) as file:
         try:
             if file.metadata.get("general.architecture") in DRAFTER_ARCHITECTURES:
                 drafter = DrafterConfig.from_gguf(file)
@@ -152,7 +154,7 @@ def inspect_file(path: str | Path) -> FileReport:
         return FileReport(
             path=file.path,
             paths=file.paths,
-            gguf_version=file.version,
+            gguf_version=file.version if isinstance(file, GGUFFile) else None,
             file_bytes=file.file_bytes,
             metadata=file.metadata,
             tensors=tuple(file.tensors.values()),

@@ -48,7 +48,10 @@ def _summary(report: FileReport) -> Iterable[tuple[str, str]]:
     yield "architecture", printable(report.architecture or "not given")
     if report.name is not None:
         yield "name", printable(report.name)
-    yield "GGUF version", str(report.gguf_version)
+    if report.gguf_version is None:
+        yield "format", "Hugging Face checkpoint"
+    else:
+        yield "GGUF version", str(report.gguf_version)
     if len(report.paths) > 1:
         yield "split parts", str(len(report.paths))
     yield "file size", _size(report.file_bytes)

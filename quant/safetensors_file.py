@@ -49,11 +49,12 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """An open file. path: as given. tensors: by name, in the order of the header."""
+    """An open file. path: as given. tensors: by name, in the order of the header. file_bytes: its size."""
 
     def __init__(self, path: Path, data: mmap.mmap, tensors: Mapping[str, StoredTensor]) -> None:
         self.path = path
         self.tensors = tensors
+        self.file_bytes = len(data)
         self._map = data
 
     @classmethod
