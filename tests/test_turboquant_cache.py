@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from gemma4.quant.errors import UnsupportedFeatureError
 from gemma4.rows import DenseRows
 from gemma4.turboquant_cache import TurboQuantCache
 
-NEEDLE = "7351942"
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
+    from benchmarks.needle import NEEDLE, digit_ids, divergence, haystack, read, runs, score
 
 
 @pytest.fixture(autouse=True)
@@ -46,41 +48,62 @@ def test_distribution_over_a_passage(models: dict[CacheKind, Gemma4], data_dir: 
     assert 0 < (exact.exp() * (exact - found)).sum(-1).mean() <= 0.005
 
 
-def haystack(model: Gemma4, tokens: int, depth: float) -> list[int]:
-    """Ids of a text of `tokens` tokens that tells a number at `depth` and begins to repeat it at its end."""
-    rng = random.Random(3)
-    things = ("the river", "a stone", "the old mill", "some bread", "the lamp", "her letter", "a quiet street")
-    verbs = ("lay near", "was kept beside", "looked like", "came before", "was older than", "stood behind")
-    encode, needle = model.tokenizer.encode, f" The secret number of the lighthouse is {NEEDLE}. Remember it."
+@pytest.mark.parametrize("depth", [0, 0.1, 0.5, 1])
+def test_a_haystack_tells_the_number_at_its_depth(models: dict[CacheKind, Gemma4], depth: float) -> None:
+    tokenizer = models[CacheKind.LOSSLESS].tokenizer
+    ids = haystack(tokenizer.encode, 1000, depth)
+    assert len(ids) == 1000
+    assert ids[0] == tokenizer.encode("")[0]
+    assert ids.count(ids[0]) == 1
+    text = tokenizer.decode(ids[1:])
+    told = f"The secret number of the lighthouse is {NEEDLE}. Remember it."
     question = " What is the secret number of the lighthouse? The secret number of the lighthouse is "
-    room = tokens - len(encode(needle)) - len(encode(question))
-    filler: list[int] = []
-    while len(filler) < room:
-        a, b = rng.sample(things, 2)
-        filler += encode(f" {a.capitalize()} {rng.choice(verbs)} {b}.")[bool(filler) :]
-    at = int(room * depth)
-    return filler[:at] + encode(needle)[1:] + filler[at:room] + encode(question)[1:]
+    assert text.count(told) == text.count(NEEDLE) == 1
+    assert text.endswith(question)
+    assert text.index(told) / (len(text) - len(told) - len(question)) == pytest.approx(depth, abs=0.02)
 
 
-@torch.inference_mode()
-def digits_found(model: Gemma4, tokens: int, depth: float) -> int:
-    """How many tokens of the number are the likeliest ones where it has to be told, in a text of `tokens` tokens."""
-    digits = model.tokenizer.encode(NEEDLE)[1:]
-    ids = haystack(model, tokens, depth) + digits
-    assert len(digits) == len(NEEDLE), "a token is a digit"
-    cache = KVCache(model.config, len(ids), model.model.dtype, kind=model.kv_cache)
-    for start in range(0, len(ids), cache.chunk_size):
-        chunk = torch.tensor(ids[start : start + cache.chunk_size])
-        positions = torch.arange(start, start + len(chunk))
-        last = start + len(chunk) == len(ids)
-        logits = model.model(chunk, positions, cache, 8 if last else 0)
-    return int((logits[:-1].argmax(-1) == torch.tensor(digits)).sum())
+def test_scores_of_what_was_read() -> None:
+    """Seven positions before the last decide; the last tells what comes behind the number."""
+    probabilities = torch.full((10, 20), 0.4 / 19)
+    for position, (token, p) in enumerate([(3, 0.6)] * 2 + [(5, 0.6)] * 5 + [(0, 0.6)] * 3):
+        probabilities[position, token] = p
+    digits, p = score(probabilities.log(), [5] * 7)
+    assert digits == 5
+    assert p == pytest.approx((0.6**5 * (0.4 / 19) ** 2) ** (1 / 7))
+
+
+def test_divergence_of_distributions() -> None:
+    exact, found = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+    expected = (0.9 * math.log(1.8) + 0.1 * math.log(0.2)) / 2
+    assert divergence(exact.log(), found.log()) == pytest.approx(expected)
+    assert divergence(found.log(), found.log()) == 0
+
+
+def test_joined_digits_are_refused() -> None:
+    with pytest.raises(ValueError, match="73: found 1 tokens, expected one a digit"):
+        digit_ids(lambda text: [2, 100], "73")
 
 
 def test_needle_beyond_the_sliding_window(models: dict[CacheKind, Gemma4]) -> None:
-    """Only full layers reach back to the number; a longer haystack is a matter of time, not of another kind."""
-    lossless, turboquant = (digits_found(models[k], 580, 0.05) for k in (CacheKind.LOSSLESS, CacheKind.TURBOQUANT))
+    """Only full layers reach back to the number; `python -m benchmarks.needle` looks in longer haystacks."""
+    model = models[CacheKind.LOSSLESS]
+    digits = digit_ids(model.tokenizer.encode)
+    ids = haystack(model.tokenizer.encode, 580, 0.05) + digits
+    read_by = {kind: read(model.model, ids, kind, 8) for kind in (CacheKind.LOSSLESS, CacheKind.TURBOQUANT)}
+    (lossless, p), (turboquant, q) = (score(log_probs, digits) for log_probs in read_by.values())
     assert lossless == turboquant == len(NEEDLE)
+    assert q == pytest.approx(p, abs=0.05)
+
+
+def test_runs_of_the_benchmark_come_one_by_one(models: dict[CacheKind, Gemma4]) -> None:
+    found = list(runs(models[CacheKind.LOSSLESS], [64], [0.5], [CacheKind.TURBOQUANT, CacheKind.LOSSLESS]))
+    assert [run.kv_cache for run in found] == [CacheKind.LOSSLESS, CacheKind.TURBOQUANT]
+    assert [run.digits for run in found] == [len(NEEDLE)] * 2
+    assert found[0].kl is None
+    assert found[1].kl is not None
+    assert 0 < found[1].kl < 0.02
+    assert found[0].row().startswith(f"| 64 | 0.5 | lossless | 7 | {found[0].p:.4f} | - |")
 
 
 def test_unknown_kind_is_refused(real_gguf: Path) -> None:
