@@ -1,8 +1,8 @@
 """The `gemma4` command: look into a model's file, see whether it fits a GPU, generate text with it, talk to it.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 a file or
-request that was refused (one line `error [code]: message` says why), 4 more memory needed than there is, 130 stopped by
-Ctrl-C.
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 unexpected failure, or weights that are not
+finite, 2 wrong usage, 3 a file or request that was refused (one line `error [code]: message` says why), 4 more memory
+needed than there is, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from gemma4.quant.errors import DoesNotFitError, Gemma4Error
 if TYPE_CHECKING:
     from gemma4.measured_run import LoadOptions, TextOptions
 
+EXIT_FOUND: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_REFUSED: Final = 3
 EXIT_DOES_NOT_FIT: Final = 4
@@ -113,20 +114,25 @@ def inspect(
     file: ModelPath,
     json_: Json = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read all weights; ends with 1 if some are not finite.")
+    ] = False,
 ) -> None:
     """Show what a GGUF file of any architecture or a checkpoint holds, and how this library would load it."""
     from gemma4.inspect_file import inspect_file
 
-    report = inspect_file(file)
+    report = inspect_file(file, check=check)
     if json_:
         print(json.dumps(report.to_json(list_tensors=tensors), indent=2), flush=True)
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    from gemma4.inspect_tables import print_report
+        from gemma4.inspect_tables import print_report
 
-    console = Console(width=None if sys.stdout.isatty() else 132, highlight=False, markup=False, emoji=False)
-    print_report(console, report, list_tensors=tensors)
+        console = Console(width=None if sys.stdout.isatty() else 132, highlight=False, markup=False, emoji=False)
+        print_report(console, report, list_tensors=tensors)
+    if report.non_finite:
+        raise typer.Exit(EXIT_FOUND)
 
 
 @app.command("fit")

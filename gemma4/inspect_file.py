@@ -1,4 +1,4 @@
-"""What is in a GGUF file of any architecture, or a Hugging Face checkpoint: headers alone, no weights, no torch.
+"""What is in a GGUF file of any architecture, or a Hugging Face checkpoint: from headers, without torch.
 
 report = inspect_file("model.gguf")
 report.parameters, report.tensor_types, report.plan
@@ -11,16 +11,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gemma4.config import Gemma4Config
 from gemma4.drafter_config import DRAFTER_ARCHITECTURES, DrafterConfig, plan_drafter
 from gemma4.mapping import plan_load
 from gemma4.open_weights import open_weights
+from gemma4.progress import progress_bar
 from gemma4.quant.errors import Gemma4Error
 from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.gguf_file import GGUFFile, MetadataValue, TensorInfo
 from gemma4.quant.plan import Fusion, LoadPlan
+
+if TYPE_CHECKING:
+    from gemma4.quant.non_finite import NonFinite
+    from gemma4.quant.weight_file import WeightFile
 
 MAX_LISTED: Final = 64
 """Arrays with more entries are summarised by type and length."""
@@ -48,6 +53,7 @@ class FileReport:
 
     gguf_version: None for a checkpoint.
     config, plan: None where the file is not one this library runs; `unsupported` then says why.
+    non_finite: tensors that hold infinities or NaNs; None where the weights were not read.
     """
 
     path: Path
@@ -59,6 +65,7 @@ class FileReport:
     config: Gemma4Config | None
     plan: LoadPlan | None
     unsupported: Gemma4Error | None
+    non_finite: tuple[NonFinite, ...] | None = None
 
     @property
     def architecture(self) -> str | None:
@@ -100,7 +107,10 @@ class FileReport:
         return next((fusion for fusion in fusions if fusion.label == _GATE_UP), None)
 
     def to_json(self, *, list_tensors: bool = False) -> dict[str, Any]:
-        """The report as JSON values; non-finite floats become strings. list_tensors: add the key `tensors`."""
+        """The report as JSON values; non-finite floats become strings. list_tensors: add the key `tensors`.
+
+        The key `non_finite` is there where the weights were read.
+        """
         gate_up, unsupported = self.gate_up, self.unsupported
         report: dict[str, Any] = {
             "path": str(self.path),
@@ -126,6 +136,10 @@ class FileReport:
                 {"name": t.name, "shape": list(t.shape), "type": t.type.name, "bytes": t.nbytes, "part": t.part}
                 for t in self.tensors
             ]
+        if self.non_finite is not None:
+            report["non_finite"] = [
+                {"name": t.name, "type": t.type.name, "blocks": t.blocks, "total": t.total} for t in self.non_finite
+            ]
         return report
 
     def _string(self, key: str) -> str | None:
@@ -133,10 +147,10 @@ class FileReport:
         return value if isinstance(value, str) else None
 
 
-def inspect_file(path: str | Path) -> FileReport:
+def inspect_file(path: str | Path, *, check: bool = False) -> FileReport:
     """Reads the headers at `path`. A file that cannot be run is still reported, with the reason in `unsupported`.
 
-    Raises the errors of `open_weights`.
+    check: read the weights too, for `non_finite`. Raises the errors of `open_weights`.
     """
     config: Gemma4Config | None = None
     plan: LoadPlan | None = None
@@ -161,7 +175,16 @@ def inspect_file(path: str | Path) -> FileReport:
             config=config,
             plan=plan,
             unsupported=unsupported,
+            non_finite=_check_weights(file) if check else None,
         )
+
+
+def _check_weights(file: WeightFile) -> tuple[NonFinite, ...]:
+    from gemma4.quant.non_finite import find_non_finite
+
+    total = sum(tensor.nbytes for tensor in file.tensors.values())
+    with progress_bar(f"checking {file.path.name}", total) as progress:
+        return find_non_finite(file, progress)
 
 
 def element_type(array: Sequence[MetadataValue]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Console
@@ -15,7 +15,11 @@ from gemma4.config import TARGET, Gemma4Config, LayerConfig, LayerKind
 from gemma4.drafter_config import DrafterConfig
 from gemma4.inspect_file import MAX_LISTED, FileReport, element_type
 from gemma4.printable import printable
+from gemma4.quant.ggml_types import BLOCK_FORMATS
 from gemma4.quant.gguf_file import MetadataValue
+
+if TYPE_CHECKING:
+    from gemma4.quant.non_finite import NonFinite
 
 _MAX_CHARACTERS: Final = 72
 
@@ -23,7 +27,7 @@ _MAX_CHARACTERS: Final = 72
 def print_report(console: Console, report: FileReport, *, list_tensors: bool = False) -> None:
     """Summary, metadata, tensors by type, and for a model this library runs its configuration and load plan.
 
-    list_tensors: also every tensor.
+    list_tensors: also every tensor. Where the weights were read, what was found in them comes last.
     """
     _pairs(console, "File", _summary(report))
     _pairs(console, "Metadata", ((key, _value(value)) for key, value in report.metadata.items()))
@@ -41,6 +45,8 @@ def print_report(console: Console, report: FileReport, *, list_tensors: bool = F
         where = f"{report.unsupported.field}: " if report.unsupported.field else ""
         reason = printable(f"[{report.unsupported.code}] {where}{report.unsupported.message}")
         console.print(Text.assemble(("Not a model this library runs: ", "bold yellow"), reason), soft_wrap=True)
+    if report.non_finite is not None:
+        _print_check(console, report.non_finite)
 
 
 def _summary(report: FileReport) -> Iterable[tuple[str, str]]:
@@ -155,4 +161,19 @@ def _print_tensors(console: Console, report: FileReport) -> None:
         shape = " × ".join(map(str, tensor.shape))
         table.add_row(Text(printable(tensor.name)), tensor.type.name, shape, f"{tensor.nbytes:,}")
     console.print(Text("Tensors", style="bold"))
+    console.print(table)
+
+
+def _print_check(console: Console, found: tuple[NonFinite, ...]) -> None:
+    console.print()
+    if not found:
+        console.print(Text("All weights are finite.", style="bold"))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("tensor", "type", "infinite or not a number"):
+        table.add_column(column, overflow="fold")
+    for tensor in found:
+        what = "values" if BLOCK_FORMATS[tensor.type].block_size == 1 else "blocks"
+        table.add_row(Text(printable(tensor.name)), tensor.type.name, f"{tensor.blocks:,} of {tensor.total:,} {what}")
+    console.print(Text("Weights that are not finite", style="bold red"))
     console.print(table)
