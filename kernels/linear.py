@@ -45,6 +45,8 @@ __all__ = [
 
 SCRATCH_BYTES = {"cuda": 128 << 20, "cpu": 16 << 20}
 """Most bytes of decoded weights held at a time, by device, save for the smallest piece."""
+RECORDED_SCRATCH_BYTES = 512 << 20
+"""The same where a compiler records the operations, which takes it seconds for every piece of a model's weights."""
 ALIGNED_ROWS = 128
 """Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
 
@@ -121,9 +123,11 @@ def _check(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> tuple[int, int]:
 
 
 def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
-    """x: [M, K]. Returns [M, N], holding at most SCRATCH_BYTES of decoded weights at a time."""
+    """x: [M, K]. Returns [M, N], holding a bounded slice of decoded weights at a time."""
     n, k = planes[0].shape[0], x.shape[1]
     scratch = SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"])
+    if torch.compiler.is_compiling():
+        scratch = RECORDED_SCRATCH_BYTES
     pieces = -(-n * k * x.element_size() // scratch)
     if pieces == 1:
         return dense_linear(x, dequantize_planes(name, planes, x.dtype))

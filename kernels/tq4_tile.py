@@ -8,7 +8,8 @@ as pairs of float16, bits in an int. Inline PTX does not run in Triton's interpr
 
 from __future__ import annotations
 
-import torch
+import struct
+
 import triton
 import triton.language as tl
 
@@ -19,13 +20,13 @@ from gemma4.kernels.turboquant import codebook
 def curve_bits(dim: int, bits: int) -> tuple[int, int]:
     """p and q of a codebook, each as the bits of two equal float16."""
     book = codebook(dim, bits)
-    p, q = torch.tensor([book.p, book.q]).half().view(torch.int16).tolist()
-    return (p & 0xFFFF) * 0x10001, (q & 0xFFFF) * 0x10001
+    return _half2(book.p), _half2(book.q)
 
 
-def _half2(value: float) -> str:
-    (bits,) = torch.tensor([value]).half().view(torch.int16).tolist()
-    return hex((bits & 0xFFFF) * 0x10001)
+def _half2(value: float) -> int:
+    """The bits of two equal float16. No tensors, which would stand for unknown values while an operator is traced."""
+    (bits,) = struct.unpack("<H", struct.pack("<e", value))
+    return int(bits) * 0x10001
 
 
 def _moved(source: str, left: int) -> str:
