@@ -197,11 +197,17 @@ def stats_line(run: Run, text: TimedText) -> str:
         f"prompt {len(text.ids)} tokens{_rate(text.prefill_tokens_per_s)}",
         f"generated {text.new_tokens} tokens{_rate(text.decode_tokens_per_s)}",
     ]
-    drafts = text.speculation
-    if drafts is not None and drafts.acceptance_rate is not None:
-        kept = f"{drafts.accepted} of {drafts.drafted} drafts accepted ({100 * drafts.acceptance_rate:.0f} %)"
-        parts.append(f"{kept} in {drafts.rounds} rounds")
+    if text.speculation is not None:
+        parts += describe_drafts(text.speculation)
     return "; ".join([*parts, *([f"peak memory {' and '.join(memory)}"] if memory else [])])
+
+
+def describe_drafts(drafts: Speculation) -> list[str]:
+    """What became of drafts, as one item to read; none where there were no drafts."""
+    if drafts.acceptance_rate is None:
+        return []
+    kept = f"{drafts.accepted} of {drafts.drafted} drafts accepted ({100 * drafts.acceptance_rate:.0f} %)"
+    return [f"{kept} in {drafts.rounds} rounds"]
 
 
 def peak_rss_bytes() -> int | None:

@@ -65,6 +65,12 @@ class Speculation:
         """Accepted drafts among all; None before the first."""
         return self.accepted / self.drafted if self.drafted else None
 
+    def add(self, other: Speculation) -> None:
+        """Counts what became of the drafts of another generation too."""
+        self.rounds += other.rounds
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+
 
 class TokenByToken:
     """A layer's cache that attends to a few tokens one after another, each exactly as a pass of its own would."""

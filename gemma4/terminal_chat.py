@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from gemma4.chat import render_chat_ids
-from gemma4.measured_run import Run, TextOptions, TimedText
+from gemma4.measured_run import Run, TextOptions, TimedText, describe_drafts
 from gemma4.printable import printable
 from gemma4.quant.errors import ContextError, Gemma4Error
+from gemma4.speculate import Speculation
 
 HELP: Final = '''\
 /help          this text
@@ -29,13 +30,14 @@ _BLOCK: Final = '"""'
 
 @dataclass(slots=True)
 class Conversation:
-    """The messages so far and how to continue them."""
+    """The messages so far and how to continue them. drafts: of all answers."""
 
     run: Run
     options: TextOptions
     system: str | None
     think: bool
     turns: list[dict[str, str]] = field(default_factory=list)
+    drafts: Speculation = field(default_factory=Speculation)
 
     def answer(self, text: str, write: Callable[[str], object]) -> str | None:
         """Writes the answer to `text` piece by piece and keeps both; an interrupted answer is kept as far as it came.
@@ -59,6 +61,8 @@ class Conversation:
                 is_full = timed.new_tokens == room
                 note = "the context is full" if is_full else f"cut after {timed.new_tokens} tokens (--max-new-tokens)"
         if pieces:
+            if timed.speculation is not None:
+                self.drafts.add(timed.speculation)
             self.turns += [question, {"role": "assistant", "content": "".join(pieces)}]
         return note
 
@@ -108,7 +112,15 @@ def _interrupts_between_pieces() -> Iterator[Callable[[], None]]:
 
 
 def chat_loop(conversation: Conversation) -> None:
-    """Reads messages from stdin until its end or /quit."""
+    """Reads messages from stdin until its end or /quit. Where there was a drafter, says last what became of drafts."""
+    try:
+        _read_and_answer(conversation)
+    finally:
+        for line in describe_drafts(conversation.drafts):
+            _tell(line)
+
+
+def _read_and_answer(conversation: Conversation) -> None:
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if is_interactive:
         with contextlib.suppress(ImportError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from gemma4.quant.errors import (
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LoadPlan
 from gemma4.speculate import Draft
+from gemma4.terminal_chat import Conversation
 from tests.drafter_gguf import HIDDEN, drafter_for
 from tests.family_gguf import FULL_SIZE, SHRUNKEN
 from tests.tiny_gguf import Model, Tensor, gemma3, gemma4
@@ -242,7 +244,7 @@ def test_guesses_equal_transformers(tmp_path: Path, data_dir: Path, case: str) -
         torch.testing.assert_close(hidden[0], torch.from_numpy(expected_hidden), rtol=0, atol=1e-4)
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = gemma4()
     model.metadata |= vocabulary()
     target = str(model.write(tmp_path / "model.gguf"))
@@ -263,6 +265,20 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     result = json.loads(generate("--draft", drafter, "--num-draft-tokens", "2", "--json")[0])
     assert result["text"] == plain.removesuffix("\n")
     assert result["acceptance_rate"] == result["accepted"] / result["drafted"]
+    typed = io.TextIOWrapper(io.BytesIO(b"the sea\n/reset\nthe land\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    chats: list[Conversation] = []
+    answer = Conversation.answer
+    monkeypatch.setattr(Conversation, "answer", lambda chat, *args: (chats.append(chat), answer(chat, *args))[1])
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", target, "-n", "6", "--device", "cpu", "--max-seq-len", "512", "--draft", drafter])
+    assert ended.value.code == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"\d+ of \d+ drafts accepted \(\d+ %\) in \d+ rounds", last)
+    of_last = chats[0].run.model.last_speculation
+    assert len(chats) == 2
+    assert of_last is not None
+    assert 0 < of_last.drafted < chats[0].drafts.drafted
     other = str(drafter_for(gemma4(hidden=512)).write(tmp_path / "other.gguf"))
     with pytest.raises(SystemExit) as refused:
         main(["generate", target, "-p", "a", "--device", "cpu", "--draft", other])
