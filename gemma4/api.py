@@ -153,6 +153,12 @@ class Gemma4:
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes on its device of the weights, and of the keys and values that the last generation left."""
+        weights = (weight for weight in self.model.parameters() if weight.device == self.device)
+        return sum(weight.nbytes for weight in weights) + self._sessions.nbytes
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Built from the file's metadata on first use. Raises TokenizerError where the file has none."""

@@ -143,6 +143,7 @@ def fit(
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="G", help="Of the GPU, in GiB. Default: what is free on the first one here.")
     ] = None,
+    draft: Draft = None,
     json_: Json = False,
 ) -> None:
     """Show the GPU memory a model takes, by purpose. Ends with 0 if it fits, 4 if not, 2 if there is no GPU to ask."""
@@ -152,7 +153,7 @@ def fit(
         gpu_bytes = None if gpu_memory is None else parse_memory(gpu_memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu-memory") from error
-    report = fit_report(file, context, kv_cache, gpu_bytes)
+    report = fit_report(file, context, kv_cache, gpu_bytes, draft)
     print(json.dumps(report.to_json(), indent=2) if json_ else report.describe(), flush=True)
     raise typer.Exit({True: 0, False: EXIT_DOES_NOT_FIT, None: EXIT_USAGE}[report.fits])
 

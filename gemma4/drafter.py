@@ -20,6 +20,7 @@ from gemma4.cache import AttentionCache, HeadTransform, KVCache, OwnCache
 from gemma4.drafter_config import DrafterConfig, check_pair, plan_drafter, shared_layer
 from gemma4.kernels.rope_cache import rms_norm, rotate
 from gemma4.model import Decoder, TextModel, Weights
+from gemma4.opening import require_memory
 from gemma4.progress import progress_bar
 from gemma4.quant.errors import DrafterMismatchError
 from gemma4.quant.ggml_types import GGMLType
@@ -98,7 +99,8 @@ class Drafter:
         """Opens the GGUF file of a drafter (`gemma4-assistant`) for `target`, on its device and in its dtype.
 
         fuse, dequantize: as for `Gemma4.from_gguf`.
-        Raises DrafterMismatchError where it was made for another model, and the errors of `Gemma4.from_gguf`.
+        Raises DrafterMismatchError where it was made for another model, and the errors of `Gemma4.from_gguf`:
+        DoesNotFitError where the GPU has no room for it beside what a generation of `target` takes.
         """
         device, dtype = target.device, target.model.dtype
         with GGUFFile.open(path) as file:
@@ -107,6 +109,17 @@ class Drafter:
             plan = plan_drafter(file, config, fuse=fuse)
             if dequantize:
                 plan = plan.dense(_DENSE_TYPES[dtype])
+            require_memory(
+                target.config,
+                target.plan,
+                device,
+                dtype,
+                target.max_seq_len,
+                file.path,
+                target.kv_cache,
+                drafter=(config, plan),
+                held_bytes=target.held_bytes,
+            )
             model = DrafterModel(config, plan, dtype, device)
             with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
                 load_weights(model, plan, file, device, progress)

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from gemma4.config import CacheKind, Gemma4Config
+from gemma4.drafter_config import DrafterConfig, check_pair, plan_drafter
 from gemma4.gpu_memory import first_gpu
 from gemma4.mapping import plan_load
 from gemma4.memory_plan import MemoryModel, MemoryPlan, gib
 from gemma4.open_weights import open_weights
 from gemma4.printable import printable
+from gemma4.quant.gguf_file import GGUFFile
+from gemma4.quant.plan import LoadPlan
+from gemma4.quant.weight_file import WeightFile
 
 _UNITS: Final = {"": 1 << 30, "GIB": 1 << 30, "GB": 10**9}
 _NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
@@ -58,14 +62,17 @@ class FitReport:
         }
 
 
-def fit_report(path: str | Path, context: int, kv_cache: CacheKind, gpu_bytes: int | None) -> FitReport:
+def fit_report(
+    path: str | Path, context: int, kv_cache: CacheKind, gpu_bytes: int | None, draft: Path | None = None
+) -> FitReport:
     """Plans `context` tokens of the model at `path`. gpu_bytes: of a GPU, by default what is free on the first one.
 
-    Raises the errors of `open_weights` and `plan_load`, and ContextError.
+    draft: a drafter's GGUF file. Raises the errors of `open_weights`, `plan_load` and `check_pair`, and ContextError.
     """
     with open_weights(path) as file:
         config = Gemma4Config.from_gguf(file)
-        model = MemoryModel(config, plan_load(file, config), kv_cache)
+        drafter = None if draft is None else _plan_drafter(draft, config, file)
+        model = MemoryModel(config, plan_load(file, config), kv_cache, drafter=drafter)
     plan = model.at(context)
     if gpu_bytes is not None:
         gpu = f"a GPU of {gib(gpu_bytes)}"
@@ -74,6 +81,13 @@ def fit_report(path: str | Path, context: int, kv_cache: CacheKind, gpu_bytes: i
     else:
         return FitReport(file.path, plan, None, None, None)
     return FitReport(file.path, plan, gpu, gpu_bytes, model.longest_context(gpu_bytes))
+
+
+def _plan_drafter(path: Path, target: Gemma4Config, target_file: WeightFile) -> tuple[DrafterConfig, LoadPlan]:
+    with GGUFFile.open(path) as file:
+        config = DrafterConfig.from_gguf(file)
+        check_pair(config, file.metadata, target, target_file.metadata, file.path)
+        return config, plan_drafter(file, config)
 
 
 def parse_memory(text: str) -> int:

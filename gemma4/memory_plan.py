@@ -6,7 +6,7 @@
     print(plan.describe())
 
 A plan counts one generation: weights, the KV cache for all its positions, the most that is alive in a pass beside them,
-and what PyTorch and CUDA take for themselves.
+a drafter if there is one, and what PyTorch and CUDA take for themselves.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ CONTEXT_BYTES: Final = 296 << 20
 """Allowance for what CUDA takes when a process begins to use a GPU."""
 RUNTIME_BYTES: Final = 160 << 20
 """Allowance for loaded kernels, cuBLAS's workspace and the captured decode graph."""
+CHECKED_TOKENS: Final = 8
+"""Most tokens that a round with a drafter runs through the model, the limit of `gemma4.speculate`."""
 
 # Bytes of one block in each plane, where planes are not simply the file's bytes in one piece.
 _PLANE_BYTES: Final[dict[GGMLType, tuple[int, ...]]] = {
@@ -66,6 +68,7 @@ class MemoryPlan:
     allocated_bytes: the most that tensors take at a time, as `torch.cuda.max_memory_allocated` counts.
     rounding_bytes: what PyTorch takes from the GPU beyond tensors, in whole segments.
     loading_bytes: buffers of the loader, as far as they are larger than caches and activations, which come later.
+    drafter_bytes: a drafter's weights, rounded up, and the most alive in a round of guesses; 0 without one.
     """
 
     name: str
@@ -79,6 +82,7 @@ class MemoryPlan:
     allocated_bytes: int
     rounding_bytes: int
     loading_bytes: int
+    drafter_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -88,7 +92,7 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         """What the process takes of a GPU."""
         tensors = self.weight_bytes + self.kv_bytes + self.prefill_bytes + self.decode_bytes + self.loading_bytes
-        return tensors + self.rounding_bytes + CONTEXT_BYTES + RUNTIME_BYTES
+        return tensors + self.drafter_bytes + self.rounding_bytes + CONTEXT_BYTES + RUNTIME_BYTES
 
     def describe(self) -> str:
         """A table of the memory by purpose, one line each."""
@@ -98,6 +102,7 @@ class MemoryPlan:
             (f"workspace, prefill of {self.chunk:,} tokens", self.prefill_bytes),
             ("workspace, decode step", self.decode_bytes),
             *([("buffers of the loader beyond those", self.loading_bytes)] if self.loading_bytes else []),
+            *([("drafter, with its workspace", self.drafter_bytes)] if self.drafter_bytes else []),
             ("rounding of PyTorch's allocator", self.rounding_bytes),
             ("CUDA context, kernels, graph (allowance)", CONTEXT_BYTES + RUNTIME_BYTES),
             ("total", self.total_bytes),
@@ -118,18 +123,33 @@ class MemoryPlan:
 
 
 class MemoryModel:
-    """The memory of one file as a function of the context. itemsize: bytes of an activation, 2 for bfloat16."""
+    """The memory of one file as a function of the context.
+
+    itemsize: bytes of an activation, 2 for bfloat16. drafter: configuration and plan of a drafter beside the model.
+    """
 
     def __init__(
-        self, config: Gemma4Config, load_plan: LoadPlan, kv_cache: CacheKind = CacheKind.LOSSLESS, itemsize: int = 2
+        self,
+        config: Gemma4Config,
+        load_plan: LoadPlan,
+        kv_cache: CacheKind = CacheKind.LOSSLESS,
+        itemsize: int = 2,
+        drafter: tuple[Gemma4Config, LoadPlan] | None = None,
     ) -> None:
         self.config = config
         self.kv_cache = kv_cache
         self.itemsize = itemsize
-        on_gpu = [entry for entry in load_plan.entries if not entry.in_host_memory]
-        self._weights = [size for entry in on_gpu for size in weight_planes(entry)]
+        self._weights = _weight_tensors(load_plan)
         self._workspace = Workspace(config, load_plan, itemsize)
         self._loading_bytes = loading_bytes(load_plan)
+        self._draft_weights: list[int] = []
+        self._draft_pass_bytes = 0
+        if drafter is not None:
+            self._draft_weights = _weight_tensors(drafter[1])
+            self._draft_pass_bytes = (
+                Workspace(*drafter, itemsize).decode_bytes() + 12 * CHECKED_TOKENS * config.vocab_size
+            )
+            self._loading_bytes = max(self._loading_bytes, loading_bytes(drafter[1]))
 
     def at(self, context: int) -> MemoryPlan:
         """Raises ContextError where the model has no such positions."""
@@ -159,9 +179,11 @@ class MemoryModel:
             kv=tuple(groups),
             prefill_bytes=prefill,
             decode_bytes=decode,
-            allocated_bytes=block_bytes(self._weights) + block_bytes(sizes) + max(prefill, decode),
+            allocated_bytes=block_bytes([*self._weights, *self._draft_weights, *sizes])
+            + max(prefill, decode, self._draft_pass_bytes),
             rounding_bytes=weight_segments + kv_segments - sum(self._weights) - sum(sizes),
             loading_bytes=max(0, self._loading_bytes - kv_segments - prefill - decode),
+            drafter_bytes=segment_bytes(self._draft_weights) + self._draft_pass_bytes,
         )
 
     def longest_context(self, available_bytes: int) -> int:
@@ -188,6 +210,11 @@ def check_fits(model: MemoryModel, context: int, available_bytes: int, path: Pat
             field="max_seq_len",
             table=plan.describe(),
         )
+
+
+def _weight_tensors(load_plan: LoadPlan) -> list[int]:
+    """Bytes of each tensor on the GPU that holds weights."""
+    return [size for entry in load_plan.entries if not entry.in_host_memory for size in weight_planes(entry)]
 
 
 def weight_planes(entry: LoadEntry) -> Iterable[int]:

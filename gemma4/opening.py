@@ -70,11 +70,17 @@ def require_memory(
     max_seq_len: int,
     path: Path,
     kv_cache: CacheKind,
+    drafter: tuple[Gemma4Config, LoadPlan] | None = None,
+    held_bytes: int = 0,
 ) -> None:
-    """Raises DoesNotFitError where a GPU has too little for a generation of max_seq_len tokens. Elsewhere nothing."""
+    """Raises DoesNotFitError where a GPU has too little for a generation of max_seq_len tokens. Elsewhere nothing.
+
+    drafter: configuration and plan of one beside the model. held_bytes: what of all that is on the GPU already.
+    """
     if device.type == "cuda":
-        memory = MemoryModel(config, plan, kv_cache, itemsize=dtype.itemsize)
-        check_fits(memory, min(max_seq_len, config.context_length), available_gpu_bytes(device), path)
+        memory = MemoryModel(config, plan, kv_cache, dtype.itemsize, drafter)
+        available = available_gpu_bytes(device) + held_bytes
+        check_fits(memory, min(max_seq_len, config.context_length), available, path)
 
 
 def available_gpu_bytes(device: torch.device) -> int:

@@ -120,3 +120,8 @@ class SessionPool:
 
     def clear(self) -> None:
         self._idle.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the kept session's cache."""
+        return sum(session.loop.cache.nbytes for session in self._idle)

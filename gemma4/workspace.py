@@ -46,6 +46,9 @@ _OTHER_FACTOR: Final = 2.85
 # Dense matrices that are multiplied as they are, by bytes of an activation.
 _MULTIPLIED: Final = {4: GGMLType.F32, 2: GGMLType.BF16}
 
+# Matrices that are multiplied by dense rows beside packed ones.
+_NEVER_PACKED: Final = ("embed_tokens_per_layer.weight", "per_layer_model_projection.weight", "router.proj.weight")
+
 # Most bytes beside its slice that a worker of the loader needs to unpack one.
 UNPACKING_BYTES: Final = 20 << 20
 
@@ -73,7 +76,7 @@ class Workspace:
         }
         self._layers = [(layer, own) for (layer, _), own in kinds.items()]
         self._is_packed = itemsize == 2 and all(
-            e.type in MATVEC_TYPES for own in layers for name, e in own.items() if name != "router.proj.weight"
+            e.type in MATVEC_TYPES for e in matrices if not e.target.endswith(_NEVER_PACKED)
         )
 
     def prefill_bytes(self, tokens: int) -> int:
@@ -94,7 +97,9 @@ class Workspace:
     def decode_bytes(self) -> int:
         """Most bytes alive in a pass over one token: logits, and what is decoded where no kernel reads packed rows."""
         config = self.config
-        stages = [0.0]
+        tables = {"embed_tokens_per_layer", "embed_tokens" if "lm_head" in self._others else ""}
+        products = {name: entry for name, entry in self._others.items() if name not in tables}
+        stages = [0.0 if self._is_packed else self._scratch(products, "", 1)]
         for _, matrices in self._layers:
             for name, entry in matrices.items():
                 if name.startswith("experts."):
