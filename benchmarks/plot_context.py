@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def floor_speed(model: MemoryModel, bandwidth: float, context: int) -> float:
 
 def context_axis(axes: Axes, contexts: tuple[int, ...], **labels: Any) -> None:
     axes.set(xscale="log", xlabel="context (tokens)", ylim=(0, None), **labels)
-    names = [f"{c // 1024}K" if c >= 1024 else str(c) for c in contexts]
-    axes.set_xticks(contexts, names)
+    apart = [c for c, following in pairwise((*contexts, 2 * contexts[-1])) if following > 1.2 * c]
+    axes.set_xticks(apart, [f"{c // 1024}K" if c >= 1024 else str(c) for c in apart])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

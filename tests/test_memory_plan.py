@@ -29,7 +29,7 @@ from tests.tiny_gguf import GEMMA4_31B, Model, gemma4, q4_k_m
 
 Header = tuple[Gemma4Config, LoadPlan]
 META = torch.device("meta")
-MEASURED = Path(__file__).parent.parent / "docs" / "data" / "end_to_end_h100.json"
+MEASURED = Path(__file__).parent.parent / "docs" / "data"
 GIB = 1 << 30
 
 
@@ -161,18 +161,17 @@ def test_tensors_of_a_step(header: Header) -> None:
 # Whole plans
 
 
-def test_a_measured_run(model_31b: Header) -> None:
-    """The run generated after a prompt of a few chunks, with the caches of the whole context allocated.
-
-    It says what was planned by the code that ran.
-    """
-    measured = json.loads(MEASURED.read_text())
+@pytest.mark.parametrize("kind", [CacheKind.LOSSLESS, CacheKind.TURBOQUANT])
+def test_measured_runs(model_31b: Header, kind: CacheKind) -> None:
+    """The run generated after a prompt of a few chunks, with the caches of the whole context allocated."""
+    name = "end_to_end_h100.json" if kind is CacheKind.LOSSLESS else f"end_to_end_h100_{kind}.json"
+    measured = json.loads((MEASURED / name).read_text())
     memory = measured["memory"]
-    planned = MemoryModel(*model_31b).at(memory["context"])
+    planned = MemoryModel(*model_31b, kind).at(memory["context"])
+    assert measured["kv_cache"] == kind
     assert planned.weight_bytes == pytest.approx(measured["weight_bytes"], rel=1e-3)
-    assert memory["planned_allocated_bytes"] == pytest.approx(memory["peak_allocated_bytes"], rel=0.01)
-    assert memory["planned_total_bytes"] == pytest.approx(memory["gpu_used_bytes"], rel=0.03)
-    assert planned.total_bytes <= memory["planned_total_bytes"]
+    assert planned.allocated_bytes == pytest.approx(memory["peak_allocated_bytes"], rel=0.01)
+    assert planned.total_bytes == pytest.approx(memory["gpu_used_bytes"], rel=0.03)
 
 
 def test_totals(header: Header) -> None:
