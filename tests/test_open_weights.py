@@ -18,6 +18,7 @@ from gemma4.open_weights import open_weights
 from gemma4.quant.errors import FileMissingError, NotGGUFError
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.terminal_chat import Conversation
+from tests.drafter_gguf import drafter_for
 from tests.tiny_gguf import gemma4
 from tests.tiny_vocabulary import vocabulary
 
@@ -38,6 +39,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model.metadata |= vocabulary()
     for name in model.tensors.keys() - {"rope_freqs.weight"}:
         model.retype(name, "BF16")
+    drafter_for(model).write(root / "drafter.gguf")
     path = model.write(root / "model.gguf")
     export_hf(path, root / "checkpoint", shard_bytes=1_000_000)
     return path, root / "checkpoint"
@@ -89,6 +91,18 @@ def test_generate_and_chat(
     for path in twins:
         assert run(capsys, "chat", path, "--device", "cpu")[0] == 0
         assert conversations[-1].run.model.path == path
+
+
+def test_a_drafter_serves_both(twins: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    results = []
+    for path in twins:
+        drafter = twins[0].with_name("drafter.gguf")
+        args = ("-p", "the sea", "-n", 6, "--temperature", 0, "--device", "cpu", "--draft", drafter, "--json")
+        code, out, err = run(capsys, "generate", path, *args)
+        assert code == 0, err
+        results.append({key: json.loads(out)[key] for key in ("text", "rounds", "drafted", "accepted")})
+    assert results[0] == results[1]
+    assert results[0]["drafted"] > 0
 
 
 def test_fit(twins: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
