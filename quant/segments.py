@@ -1,7 +1,8 @@
 """What PyTorch takes of a GPU for tensors: sizes only, no torch. It follows CUDACachingAllocator's default settings.
 
-Tensors are blocks of segments. Small ones share segments of 2 MiB. A large one is cut from a free block, and where there
-is none it gets a segment of its own, of which up to 2 MiB, or the rest of 20 MiB, stay unused: see `gemma4.quant.reserve`.
+Tensors are blocks of segments. Small ones share segments of 2 MiB. A large one is cut from a free block, and where
+there is none it gets a segment of its own, of which up to 2 MiB, or the rest of 20 MiB, stay unused: see
+`gemma4.quant.reserve`.
 """
 
 from __future__ import annotations
