@@ -176,9 +176,12 @@ def _generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
         function = kernel if hasattr(kernel, "params") else kernel.fn  # launch options make it an Autotuner
         # What a kernel writes depends on its compile-time arguments and on which of the others are tensors.
-        key = function, tuple(
-            (p.name, arguments[p.name] if p.is_constexpr else getattr(arguments[p.name], "dtype", None))
-            for p in function.params
+        key = (
+            function,
+            tuple(
+                (p.name, arguments[p.name] if p.is_constexpr else getattr(arguments[p.name], "dtype", None))
+                for p in function.params
+            ),
         )
         if key not in made:
             made[key] = original(kernel, arguments, descriptors)

@@ -33,6 +33,7 @@ from gemma4.progress import progress_bar
 from gemma4.quant.errors import ContextError, MalformedError
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.loader import load_weights
+from gemma4.quant.reserve import reserve
 from gemma4.sampling import SamplingParams
 from gemma4.text_stream import stream_text
 from gemma4.tokenizer import Tokenizer, has_tokenizer, tokenizer_from_metadata
@@ -117,6 +118,7 @@ class ExportedGemma4:
             weights = weight_tree(plan)
             with progress_bar(f"loading {file.path.name}", sum(entry.file_bytes for entry in plan.entries)) as progress:
                 load_weights(weights, plan, file, device, progress)
+            reserve((tensor.zeros(torch.device("meta")) for tensor in manifest.state.values()), device)
             state = {name: tensor.zeros(device) for name, tensor in manifest.state.items()}
             bind_methods(methods.values(), weights, others | state, fill=lambda weight: weight)
             return cls(manifest, config, file.metadata, file.path, _CompiledModel(methods, weights, device), state)
