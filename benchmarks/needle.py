@@ -8,7 +8,7 @@ at its end. The model reads the text with the digits behind it, on a GPU if ther
 as it is known; then all as a table, then as one line of JSON.
 
 - digits: how many of them are the likeliest of all tokens in their places.
-- p: the geometric mean of their probabilities; 0.1 would be a guess among digits.
+- p: the geometric mean of their probabilities, 0.1 would be a guess among digits; the JSON has each as `digit_p`, too.
 - KL: the mean Kullback-Leibler divergence in nats of the last 256 positions' distributions from those with the lossless
   cache, where that ran too.
 
@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +52,7 @@ class Found:
     kv_cache: CacheKind
     digits: int
     p: float
+    digit_p: list[float]
     kl: float | None  # None for the lossless cache, and where it did not run
     seconds: float
 
@@ -94,12 +97,11 @@ def read(model: TextModel, ids: Sequence[int], kind: CacheKind, scored: int) -> 
     return prefill(model, cache, ids[before:], before, all_logits=True).log_softmax(-1)
 
 
-def score(log_probs: Tensor, digits: Sequence[int]) -> tuple[int, float]:
-    """(likeliest digits, geometric mean of the probabilities) of a text that ends in these digits, by its `read`."""
+def score(log_probs: Tensor, digits: Sequence[int]) -> tuple[int, list[float]]:
+    """(digits that are the likeliest, each one's log-probability) of a text that ends in them, by its `read`."""
     told = log_probs[-len(digits) - 1 : -1]
     right = torch.tensor(digits, device=told.device)
-    own = told.gather(-1, right[:, None]).mean().exp()
-    return int((told.argmax(-1) == right).sum()), float(own)
+    return int((told.argmax(-1) == right).sum()), told.gather(-1, right[:, None])[:, 0].tolist()
 
 
 def divergence(exact: Tensor, found: Tensor) -> float:
@@ -118,10 +120,11 @@ def runs(model: Gemma4, lengths: Iterable[int], depths: Sequence[float], kinds: 
             for kind in sorted(kinds, key=list(CacheKind).index):
                 start = time.perf_counter()
                 log_probs = read(model.model, ids, kind, min(SCORED, len(ids)))
-                num_digits, p = score(log_probs, digits)
+                num_digits, told = score(log_probs, digits)
                 seconds = time.perf_counter() - start
                 kl = None if exact is None else divergence(exact, log_probs)
-                yield Found(tokens, depth, kind, num_digits, p, kl, seconds)
+                p = math.exp(statistics.fmean(told))
+                yield Found(tokens, depth, kind, num_digits, p, list(map(math.exp, told)), kl, seconds)
                 if kind is CacheKind.LOSSLESS:
                     exact = log_probs
 
