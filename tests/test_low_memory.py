@@ -146,7 +146,6 @@ def test_a_kernel_that_waits_writes_its_outputs_only() -> None:
         ((kernel, arguments),) = record_launches(gelu_mul, "launch_gelu_mul", gate, up, empty_activations(gate, 2))
     arguments = {name: arguments[name] for name in kernel.arg_names}
     inputs = {"gate_ptr", "up_ptr"}
-    assert inputs < written_by(kernel, arguments)
     code = mock.Mock(wraps=triton_kernel_wrap.generate_ttir)
     with mock.patch.object(triton_kernel_wrap, "generate_ttir", code), low_memory.patched_compiler():
         outputs = written_by(kernel, arguments)
