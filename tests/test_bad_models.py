@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from gemma4.quant.loader import load_weights
 from gemma4.quant.plan import LoadPlan
 from tests.tiny_gguf import GEMMA4_31B, Model, gemma3, gemma4, q4_k_m
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Refuse = Callable[..., str]
 CPU = torch.device("cpu")
 MIXED = {
@@ -51,14 +53,6 @@ MIXED = {
     "blk.2.ffn_gate": "Q4_1",
     "blk.3.ffn_gate": "F16",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import mmap
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from tests.anonymous_memory import Meter
 from tests.tiny_gguf import Model, gemma3, gemma4
 from tests.tiny_vocabulary import vocabulary
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = [2, 270, 263, 281, 300]
 TYPES = {
     "matrix": "Q4_K",
@@ -50,14 +52,6 @@ TYPES = {
     "blk.2.ffn_gate": "Q4_1",
     "blk.3.ffn_gate": "F16",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def described(model: Model) -> Model:

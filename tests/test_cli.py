@@ -10,7 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,8 @@ from gemma4.printable import printable
 from gemma4.quant.errors import ContextError
 from gemma4.terminal_chat import Conversation, read_message, run_command
 from tests.tiny_gguf import GEMMA4_31B, gemma4, q4_k_m
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -67,14 +69,6 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(ended.value.code or 0), out, err
 
     return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

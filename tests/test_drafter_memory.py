@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,11 @@ from tests.family_gguf import FULL_SIZE, quantize
 from tests.live_memory import peak_live_bytes
 from tests.tiny_gguf import Model, gemma4
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 META = torch.device("meta")
 CUDA = torch.device("cuda")
 Plans = tuple[tuple[Gemma4Config, LoadPlan], tuple[DrafterConfig, LoadPlan]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def e2b(folder: Path, kind: str) -> tuple[Path, Path]:

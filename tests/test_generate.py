@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,11 @@ from gemma4.sampling import SamplingParams
 from tests.tiny_gguf import gemma4
 from tests.tiny_vocabulary import FIRST_BYTE, FIRST_PIECE, NON_ASCII_BYTES, TURN, TURN_END, vocabulary
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WINDOW = 16
 CHAT = [{"role": "user", "content": "the <turn|> end"}]
 UNPRINTABLE = [*range(FIRST_BYTE), *range(FIRST_BYTE, FIRST_BYTE + 0x20), *NON_ASCII_BYTES, TURN]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

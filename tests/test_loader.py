@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,8 @@ from gemma4.quant.quant_tensor import QuantTensor
 from tests.anonymous_memory import Meter
 from tests.tiny_gguf import GEMMA4_31B, Model, gemma4, q4_k_m
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 IDS = [3, 141, 59, 26, 53]
 MIB = 1 << 20
@@ -44,14 +45,6 @@ TYPES = {
     "blk.2.ffn_gate": "Q4_1",
     "blk.3.ffn_gate": "F16",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -20,16 +19,10 @@ from gemma4.rows import DenseRows, PackedRows, RowMaker
 from tests.kernels.triton_without_gpu import run_interpreted
 from tests.tiny_gguf import Model, gemma4
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN, FFN, LAYERS = 512, 1536, 4
 TOKENS = [1, 4, 33]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

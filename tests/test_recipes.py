@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -19,6 +18,8 @@ from gemma4.quant.ggml_types import GGMLType
 from gemma4.quant.gguf_file import GGUFFile
 from tests.family_gguf import FULL_SIZE, RECIPES, SHRUNKEN, quantize
 from tests.tiny_gguf import Model, Tensor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = tuple(FULL_SIZE)
 # How many tensors of each type the files that people download hold, norms and routers aside.
@@ -76,15 +77,6 @@ GIB = {
     ("Q8_0", "12B"): 11.78,
     ("Q8_0", "31B"): 30.37,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)

@@ -22,16 +22,10 @@ from gemma4.sampling import SamplingParams
 from gemma4.session import Session, TokenHistory
 from tests.tiny_gguf import gemma4
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WINDOW, RING, CHUNK = 16, 24, 32
 GREEDY = SamplingParams(temperature=0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from tests.family_gguf import with_experts, with_per_layer_inputs
 from tests.kernels.packed_cases import NAMES, make_rows, make_weight
 from tests.tiny_gguf import Model, Sizes, Tensor, gemma4
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = Sizes(4, 256, 512, 8, (2, 1), (32, 64), vocab=128, window=16, context=160, period=2)
 SHARED = Sizes(4, 256, 512, 8, (2, 2), (32, 64), vocab=128, window=16, context=160, period=2, k_eq_v=False)
 TARGETS: dict[str, Callable[[], Model]] = {
@@ -35,14 +37,6 @@ TARGETS: dict[str, Callable[[], Model]] = {
 }
 PROMPT = list(range(3, 40))
 any_target = pytest.mark.parametrize("name", TARGETS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,11 @@ from gemma4.quant.errors import UnsupportedFeatureError
 from gemma4.rows import DenseRows
 from gemma4.turboquant_cache import TurboQuantCache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
     from benchmarks.needle import NEEDLE, digit_ids, divergence, haystack, read, runs, score
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
