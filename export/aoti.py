@@ -11,30 +11,20 @@ GGUF itself (`gemma4.export.runtime`). The directory that is written holds
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma4 import __version__
-from gemma4.cache import KVCache
 from gemma4.config import CacheKind, Gemma4Config
-from gemma4.export.low_memory import (
-    check_torch,
-    compile_method,
-    is_without_storage,
-    low_memory,
-    without_storage,
-    write_package,
-)
+from gemma4.export.hollow_model import hollow_methods
+from gemma4.export.low_memory import check_torch, is_without_storage, write_package
 from gemma4.export.manifest import (
     CONSTANTS,
     FORMAT,
@@ -46,38 +36,22 @@ from gemma4.export.manifest import (
     target_of,
     triton_version,
 )
-from gemma4.export.methods import EXAMPLE_TOKENS, Method, MethodName, methods_of
+from gemma4.export.method_process import MethodRequest, compile_methods, failure_of, python_command
+from gemma4.export.methods import EXAMPLE_TOKENS, Method, MethodName
 from gemma4.export.peaks import Peaks
-from gemma4.kernels.dependent_launch import dependent_kernels, recorded_as_dependent
+from gemma4.export.report import ExportError, ExportReport
+from gemma4.kernels.dependent_launch import dependent_kernels
 from gemma4.mapping import plan_load
-from gemma4.model import TextModel
 from gemma4.quant.atomic_directory import atomic_directory
-from gemma4.quant.errors import ContextError, Gemma4Error, UnsupportedFeatureError
+from gemma4.quant.atomic_write import FileUnwritableError
+from gemma4.quant.errors import ContextError, UnsupportedFeatureError
 from gemma4.quant.gguf_file import GGUFFile
-from gemma4.quant.plan import LoadPlan
-from gemma4.tokenizer import has_tokenizer, tokenizer_from_metadata
+
+__all__ = ["ExportError", "ExportReport", "export_aoti"]
 
 logger = logging.getLogger(__name__)
 
 _CHECK_TIMEOUT_S: Final = 600
-
-
-class ExportError(Gemma4Error):
-    """The compiler failed, or what it made does not run."""
-
-    code = "export"
-
-
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """sizes: bytes of the files written. seconds: of each phase. Peaks as in `gemma4.export.peaks.Peaks`."""
-
-    folder: Path
-    sizes: Mapping[str, int]
-    seconds: Mapping[str, float]
-    peak_host_bytes: int | None
-    peak_device_bytes: int | None
-    fusions: tuple[str, ...]
 
 
 def export_aoti(
@@ -111,11 +85,27 @@ def export_aoti(
         plan = plan_load(file, config)
         for fusion in plan.fusions:
             logger.info("%s", fusion)
+        kind, host = CacheKind(kv_cache), torch.device("cpu")
+        methods = hollow_methods(file, config, plan, max_seq_len, kind, dtype, host)
         with atomic_directory(out) as folder:
-            methods = _methods(file, config, plan, max_seq_len, CacheKind(kv_cache), dtype, device)
-            _compile(methods, device, folder / PACKAGE, peaks)
-            first = methods[MethodName.DECODE]
-            state, constants = _split(first, plan)
+            requests = [
+                MethodRequest(
+                    gguf=file.path.resolve(),
+                    method=name,
+                    max_seq_len=max_seq_len,
+                    kv_cache=kind,
+                    dtype=str(dtype).removeprefix("torch."),
+                    device=str(device),
+                )
+                for name in methods
+            ]
+            with peaks.phase("both methods"):
+                compiled = compile_methods(requests, on_phase)
+            with peaks.phase("package"):
+                write_package(
+                    folder / PACKAGE, {str(r.method): c.files for r, c in zip(requests, compiled, strict=True)}
+                )
+            state, constants = _split(methods[MethodName.DECODE])
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in constants.items()}, folder / CONSTANTS
             )
@@ -141,7 +131,15 @@ def export_aoti(
                 _try(folder, file.path)
             sizes = {name: (folder / name).stat().st_size for name in (PACKAGE, CONSTANTS, MANIFEST)}
     fusions = tuple(map(str, plan.fusions))
-    return ExportReport(Path(out), sizes, peaks.seconds, peaks.host_bytes, peaks.device_bytes, fusions)
+    seconds = {phase: s for method in compiled for phase, s in method.seconds.items()} | peaks.seconds
+    hosts = [peaks.host_bytes, *(method.peak_host_bytes for method in compiled)]
+    devices = [method.peak_device_bytes for method in compiled]
+    return ExportReport(Path(out), sizes, seconds, _total(hosts), _total(devices), fusions)
+
+
+def _total(peaks: Sequence[int | None]) -> int | None:
+    """Of processes that run at once: no less than their peak together."""
+    return None if None in peaks else sum(peak for peak in peaks if peak is not None)
 
 
 def _placement(target: str | None) -> tuple[torch.device, torch.dtype]:
@@ -153,54 +151,7 @@ def _placement(target: str | None) -> tuple[torch.device, torch.dtype]:
     return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
 
 
-def _methods(
-    file: GGUFFile,
-    config: Gemma4Config,
-    plan: LoadPlan,
-    max_seq_len: int,
-    kv_cache: CacheKind,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Mapping[MethodName, Method]:
-    """Both methods over weights and a cache that take no memory."""
-    model = TextModel(config, plan, dtype, device).eval()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                freed = nn.Parameter(without_storage(parameter, device), requires_grad=False)
-                module.register_parameter(name, freed)
-    cache = KVCache(config, max_seq_len, dtype, "meta", kv_cache)
-    # A short cache shows what starts as zeros; what does not is the same for every length.
-    short = KVCache(config, EXAMPLE_TOKENS, dtype, device, kv_cache)
-    for i, layer in cache.own.items():
-        start = short.own[i].tensors()
-        for name, tensor in layer.tensors().items():
-            setattr(layer, name, start[name] if bool(start[name].any()) else without_storage(tensor, device))
-    has_text = has_tokenizer(file.metadata)
-    suppress_ids = tokenizer_from_metadata(file.metadata, file.path).suppress_ids if has_text else ()
-    return methods_of(model, cache, suppress_ids, with_logits=True)
-
-
-def _compile(methods: Mapping[MethodName, Method], device: torch.device, package: Path, peaks: Peaks) -> None:
-    files = {}
-    try:
-        for name, method in methods.items():
-            with low_memory(method), recorded_as_dependent():
-                with peaks.phase(f"trace {name}"):
-                    program = method.export()
-                with peaks.phase(f"compile {name}"):
-                    files[str(name)] = compile_method(program, device)
-        with peaks.phase("package"):
-            write_package(package, files)
-    except MemoryError as error:
-        raise ExportError("out of memory on the host while compiling", path=package.parent) from error
-    except RuntimeError as error:  # what the compiler raises, and torch without memory: one of them wraps the other
-        is_full = "out of memory" in str(error)
-        what = "out of memory on the GPU while compiling" if is_full else "the compiler failed"
-        raise ExportError(f"{what}: {str(error).strip().splitlines()[0]}", path=package.parent) from error
-
-
-def _split(method: Method, plan: LoadPlan) -> tuple[dict[str, StateTensor], dict[str, Tensor]]:
+def _split(method: Method) -> tuple[dict[str, StateTensor], dict[str, Tensor]]:
     """What a method reads beside the file's weights: tensors that start as zeros, and constants."""
     state: dict[str, StateTensor] = {}
     constants: dict[str, Tensor] = {}
@@ -213,10 +164,17 @@ def _split(method: Method, plan: LoadPlan) -> tuple[dict[str, StateTensor], dict
     return state, constants
 
 
+def _write(package: Path, files: Mapping[str, list[str]]) -> None:
+    try:
+        write_package(package, files)
+    except RuntimeError as error:  # torch's writer says this of a full disk, too
+        reason = str(error).strip().splitlines()[0]
+        raise FileUnwritableError(f"cannot be written, is the disk full? {reason}", path=package) from error
+
+
 def _try(folder: Path, gguf: Path) -> None:
     """Loads and runs both methods in another process, on zeros."""
-    command = [sys.executable, "-m", "gemma4.export.trial_run", str(folder), str(gguf)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command, environment = python_command("gemma4.export.trial_run", str(folder), str(gguf))
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_CHECK_TIMEOUT_S, env=environment, check=False
@@ -224,10 +182,5 @@ def _try(folder: Path, gguf: Path) -> None:
     except subprocess.TimeoutExpired as error:
         raise ExportError(f"the exported model did not answer in {_CHECK_TIMEOUT_S} s", path=folder) from error
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        if done.returncode < 0:
-            reason = [
-                f"it ended by signal {-done.returncode}; a C++ compiler that links libstdc++ statically makes such "
-                "libraries, try CXX=/usr/bin/g++ CC=/usr/bin/gcc"
-            ]
-        raise ExportError(f"the exported model does not run: {reason[0]}", path=folder)
+        reason = failure_of(done.returncode, done.stderr)
+        raise ExportError(f"the exported model does not run: {reason}", path=folder)

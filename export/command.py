@@ -53,7 +53,6 @@ def export(
         report = export_executorch(
             file, out, backend=backend, max_seq_len=max_seq_len, kv_cache=kv_cache, on_phase=phases
         )
-    phases.end()
     if json_:
         print(json.dumps(_figures(report), indent=2), flush=True)
     else:
@@ -61,22 +60,14 @@ def export(
 
 
 class _Phases:
-    """Names each phase on stderr as it begins, with the time it took when it ends; silent without a terminal."""
+    """Names each phase on stderr as it begins, with the time since the first; silent without a terminal."""
 
     def __init__(self) -> None:
-        self._is_shown = sys.stderr.isatty()
-        self._begin: float | None = None
+        self._begin = time.perf_counter()
 
     def __call__(self, name: str) -> None:
-        self.end()
-        self._begin = time.perf_counter()
-        if self._is_shown:
-            print(f"{name} … ", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self._is_shown and self._begin is not None:
-            print(f"{time.perf_counter() - self._begin:.1f} s", file=sys.stderr, flush=True)
-        self._begin = None
+        if sys.stderr.isatty():
+            print(f"{time.perf_counter() - self._begin:7.1f} s  {name}", file=sys.stderr, flush=True)
 
 
 def _figures(report: ExportReport) -> dict[str, Any]:
