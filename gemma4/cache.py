@@ -53,7 +53,8 @@ class AttentionCache(Protocol):
     ) -> Rows:
         """The attention of queries at positions input_pos [T]: rows [T, H * D] in the form of `make`.
 
-        q [T, H * D], k, v [T, H_kv * D]: raw projections; v None stands for k.
+        q [T, H * D], k, v [T, H_kv * D]: raw projections, which a cache lets go as soon as it has their heads; v None
+        stands for k.
         """
 
 
@@ -130,6 +131,7 @@ class LayerCache:
             )
             return make.decode_attention(queries, self.k, self.v, input_pos, scale, self.window)
         queries, keys, values = qk_norm_rope(q, k, v, q_weight, k_weight, inv_freq, input_pos, eps, has_v_norm)
+        del q, k, v
         out = prefill_attention(queries, keys, values, self.k, self.v, input_pos, scale, self.window)
         self.chunk = keys, values
         if not self.is_shared:
@@ -203,6 +205,7 @@ class TiedCache:
             queries = tied_norm_rope_cache(q, k, q_weight, k_weight, self.kv, inv_freq, input_pos, eps)
             return make.tied_decode_attention(queries, self.kv, input_pos, scale)
         queries, rows = tied_norm_rope(q, k, q_weight, k_weight, inv_freq, input_pos, eps, self.rotated)
+        del q, k
         out = tied_prefill_attention(queries, rows, self.kv, input_pos, scale)
         self.kv.index_copy_(2, input_pos, rows)
         return make.heads(out)

@@ -19,7 +19,7 @@ from torch import Tensor
 from gemma4.cache import AttentionCache, HeadTransform, KVCache, OwnCache
 from gemma4.drafter_config import DrafterConfig, check_pair, plan_drafter, shared_layer
 from gemma4.kernels.rope_cache import rms_norm, rotate
-from gemma4.model import Decoder, TextModel, Weights
+from gemma4.model import Decoder, Stream, TextModel, Weights
 from gemma4.opening import require_memory
 from gemma4.progress import progress_bar
 from gemma4.quant.errors import DrafterMismatchError
@@ -54,7 +54,7 @@ class DrafterModel(Decoder):
         """
         make = self.rows_for(1)
         h = self.pre_projection(make.plain(torch.cat((embedding, hidden), dim=-1))).float()
-        h, y = self.run_layers(h, [None] * len(caches), input_pos, caches, make)
+        h, y = self.run_layers(Stream(h), [None] * len(caches), input_pos, caches, make)
         logits, h = self.head(h, y, make)
         return logits, self.post_projection(make.normed(h, self.norm)).float()
 

@@ -60,6 +60,21 @@ class Weights:
         return RMSNorm(self._entry(name).shape[0], eps)
 
 
+class Stream:
+    """What a pass takes from layer to layer. Tensors are replaced in it, so that none outlives its last use.
+
+    h: float32 [T, H], the residual stream. x: rows [T, H], its norm for the next branch; set before a layer runs.
+    """
+
+    def __init__(self, h: Tensor) -> None:
+        self.h = h
+        self.x: Rows = ()
+
+    def add(self, y: Tensor, make: RowMaker, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm) -> None:
+        """Adds the branch y [T, H], through `post_norm`; x is then for the branch that begins with `norm`."""
+        self.h, self.x = make.residual_normed(self.h, y, post_norm, scale, norm)
+
+
 class MLP(nn.Module):
     """down(gelu_tanh(gate(x)) * up(x)); gate and up are one matrix where the plan fuses them."""
 
@@ -108,16 +123,22 @@ class Attention(nn.Module):
         self.o_proj = weights.linear("o_proj")
 
     def forward(self, x: Rows, make: RowMaker, input_pos: Tensor, inv_freq: Tensor, cache: AttentionCache) -> Tensor:
+        k_weight = None if self.k_norm is None else self.k_norm.weight
+        rope = HeadTransform(self.q_norm.weight, k_weight, inv_freq, self.q_norm.eps, self.has_v_norm)
+        raw = self._projected(x)
+        # Taken out: the cache alone holds them, and lets them go.
+        rows = cache.attend(raw.pop("q"), raw.pop("k", None), raw.pop("v", None), rope, input_pos, self.scale, make)
+        out: Tensor = self.o_proj(rows)
+        return out
+
+    def _projected(self, x: Rows) -> dict[str, Tensor]:
+        """Rows [T, H * D] of the parts "q", "k" and "v" that this layer has."""
         projected: dict[str, Tensor] = {}
         for name in self.projections:
             parts = name.removesuffix("_proj")
             rows = self.get_submodule(name)(x).split([self.sizes[part] for part in parts], dim=-1)
             projected |= zip(parts, rows, strict=True)
-        k_weight = None if self.k_norm is None else self.k_norm.weight
-        rope = HeadTransform(self.q_norm.weight, k_weight, inv_freq, self.q_norm.eps, self.has_v_norm)
-        q, k, v = projected["q"], projected.get("k"), projected.get("v")
-        out: Tensor = self.o_proj(cache.attend(q, k, v, rope, input_pos, self.scale, make))
-        return out
+        return projected
 
 
 class DecoderLayer(nn.Module):
@@ -163,28 +184,29 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        h: Tensor,
-        x: Rows,
+        stream: Stream,
         make: RowMaker,
         input_pos: Tensor,
         inv_freq: Tensor,
         cache: AttentionCache,
         per_layer_input: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """h: the residual stream; x: its input norm; per_layer_input: [T, P], the layer's own embeddings.
+    ) -> Tensor:
+        """stream: with this layer's input norm; per_layer_input: [T, P], the layer's own embeddings.
 
-        Returns h and the last branch, which is still to be added, through `closing_norm`.
+        Returns the last branch, which is still to be added, through `closing_norm`.
         """
-        y = self.self_attn(x, make, input_pos, inv_freq, cache)
-        h, x = make.residual_normed(h, y, self.post_attention_layernorm, None, self.pre_feedforward_layernorm)
-        y = self.mlp(x, make)
+        attended = self.self_attn(stream.x, make, input_pos, inv_freq, cache)
+        stream.add(attended, make, self.post_attention_layernorm, None, self.pre_feedforward_layernorm)
+        del attended  # the MLP is the widest part of a pass
+        y: Tensor = self.mlp(stream.x, make)
         if self.has_experts:
-            y = self.add_experts(h, y)
+            y = self.add_experts(stream.h, y)
         if per_layer_input is None:
-            return h, y
-        h = closed(h, y, self.post_feedforward_layernorm)
-        gate = self.per_layer_input_gate(make.plain(h))
-        return h, self.per_layer_projection(make.gelu_mul(gate, per_layer_input.to(gate.dtype)))
+            return y
+        stream.h = closed(stream.h, y, self.post_feedforward_layernorm)
+        gate = self.per_layer_input_gate(make.plain(stream.h))
+        own: Tensor = self.per_layer_projection(make.gelu_mul(gate, per_layer_input.to(gate.dtype)))
+        return own
 
     def add_experts(self, h: Tensor, y: Tensor) -> Tensor:
         """y, the shared MLP's output, plus the experts' for the residual stream h, both normalised; float32 [T, H]."""
@@ -232,23 +254,24 @@ class Decoder(nn.Module):
 
     def run_layers(
         self,
-        h: Tensor,
+        stream: Stream,
         per_layer_inputs: Sequence[Tensor | None],
         input_pos: Tensor,
         caches: Sequence[AttentionCache],
         make: RowMaker,
     ) -> tuple[Tensor, Tensor]:
-        """h: float32 [T, H], the first layer's input. Returns h and the last branch, which `head` adds."""
+        """stream: of the first layer's input. Returns h and the last branch, which `head` adds."""
         layers = cast("Sequence[DecoderLayer]", list(self.layers))  # one object a layer: tracers make one per access
         last = layers[-1]
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
-        x = make.normed(h, layers[0].input_layernorm)
+        stream.x = make.normed(stream.h, layers[0].input_layernorm)
         for layer, cache, next_norm, own_input in zip(layers, caches, next_norms, per_layer_inputs, strict=True):
             inv_freq = getattr(self, f"inv_freq_{layer.kind}")
-            h, y = layer(h, x, make, input_pos, inv_freq, cache, own_input)
+            y = layer(stream, make, input_pos, inv_freq, cache, own_input)
             if layer is not last:
-                h, x = make.residual_normed(h, y, layer.closing_norm, layer.layer_scalar, next_norm)
-        return h, y
+                stream.add(y, make, layer.closing_norm, layer.layer_scalar, next_norm)
+                del y
+        return stream.h, y
 
     def head(self, h: Tensor, y: Tensor, make: RowMaker) -> tuple[Tensor, Tensor]:
         """Of what `run_layers` returned: logits float32 [T, vocab_size], and h float32 [T, H] before the last norm."""
@@ -296,8 +319,8 @@ class TextModel(Decoder):
         self, tokens: Tensor, input_pos: Tensor, caches: Sequence[AttentionCache], make: RowMaker
     ) -> tuple[Tensor, Tensor]:
         """tokens, input_pos: int64 [T]. Returns what `head` takes."""
-        h = self.embed(tokens)
-        return self.run_layers(h, self.per_layer_inputs(tokens, h), input_pos, caches, make)
+        stream = Stream(self.embed(tokens))
+        return self.run_layers(stream, self.per_layer_inputs(tokens, stream.h), input_pos, caches, make)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [T]. Returns float32 [T, H]."""

@@ -69,7 +69,9 @@ class TurboQuantCache:
         assert k is not None, "a layer with its own cache projects keys"
         assert k_weight is not None, "and normalises them"
         queries, keys, values = qk_norm_rope(q, k, v, q_weight, k_weight, inv_freq, input_pos, eps, has_v_norm)
+        del q, k, v
         tq4_write(keys, values, self.k_codes, self.k_scale, self.v_codes, self.v_scale, input_pos)
+        del keys, values
         return self.read(queries, k_weight, input_pos, scale, 0, make)
 
     def read(

@@ -84,8 +84,8 @@ class Workspace:
         config, b = self.config, self.itemsize
         hidden = tokens * config.hidden_size
         own_inputs = 4 * tokens * config.num_hidden_layers * config.hidden_size_per_layer_input
-        # Embeddings and the residual stream in float32, its norm, and the last branch of the layer before.
-        carried = hidden * (4 + 4 + 2 * b) + own_inputs
+        # The residual stream in float32 and its norm.
+        carried = hidden * (4 + b) + own_inputs
         stages = [
             4 * hidden * decode_factor(self._others["embed_tokens"].type),
             hidden * (4 + b) + 5 * own_inputs + self._scratch(self._others, "per_layer_model_projection", tokens),
@@ -116,20 +116,22 @@ class Workspace:
         kv = 0 if layer.kv_source is not None else tokens * layer.num_key_value_heads * layer.head_dim * b
         projected = q + (kv if layer.k_eq_v else 2 * kv)
         yield projected + self._scratch(matrices, "self_attn.", tokens)
-        # Normalised heads, attention's output, and the same as rows or turned queries, which may have more columns.
-        yield projected + 2 * kv + 3.25 * q
-        yield projected + q + hidden * b + self._scratch(matrices, "self_attn.o_proj", tokens)
-        # From here on attention's branch, the next residual stream and its norm.
-        branch = hidden * (4 + 2 * b)
+        # Normalised heads beside the projections; then with attention's output, and the same as rows or turned queries,
+        # which may have more columns.
+        yield projected + q + 2 * kv
+        yield 2 * kv + 3.25 * q
+        yield q + hidden * b + self._scratch(matrices, "self_attn.o_proj", tokens)
+        # A branch that is added: the next residual stream and its norm beside what they are made of.
+        yield hidden * (4 + 2 * b)
         ffn = tokens * layer.intermediate_size * b
-        yield branch + 2 * ffn + max(self._scratch(matrices, f"mlp.{name}", tokens) for name in ("gate", "up"))
-        yield branch + 3 * ffn
-        yield branch + ffn + hidden * b + self._scratch(matrices, "mlp.down_proj", tokens)
+        yield 2 * ffn + max(self._scratch(matrices, f"mlp.{name}", tokens) for name in ("gate", "up"))
+        yield 3 * ffn
+        yield ffn + hidden * b + self._scratch(matrices, "mlp.down_proj", tokens)
         if self.config.num_experts:
             # The MLP's output, normed rows, the sum, and one expert that every token may have chosen.
             around = hidden * (2 * b + 4 + 4)
             expert = hidden * (2 * b + 8) + tokens * self.config.moe_intermediate_size * 6 * b
-            yield branch + around + expert + self._scratch(matrices, "experts.", tokens)
+            yield around + expert + self._scratch(matrices, "experts.", tokens)
 
     def _scratch(self, matrices: _Matrices, prefix: str, tokens: int) -> float:
         """Bytes of decoded weights in the widest product of the weights whose names begin so."""
