@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT_TOKENS = 300
+GIVEN_TOKENS = 32
 
 
 def logits_file(name: str) -> Path:
@@ -52,18 +53,27 @@ def run_exported(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[s
     next(iter(model.stream_ids(prompt(model.config.vocab_size)[:8], 1, temperature=0.0)))
     first = time.perf_counter()
     compiler = [name for name in ("triton", "torch._inductor", "torch._dynamo") if name in sys.modules]
-    return measure(model, tokens) | {"load_s": loaded - start, "first_token_s": first - start, "compiler": compiler}
+    return measure(model, model._model, model._cache, tokens) | {
+        "load_s": loaded - start,
+        "first_token_s": first - start,
+        "compiler": compiler,
+    }
 
 
 def run_eager(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, Any]:
     from gemma4 import Gemma4
+    from gemma4.cache import KVCache
 
-    return measure(Gemma4.from_gguf(file, max_seq_len=max_seq_len), tokens)
+    model = Gemma4.from_gguf(file, max_seq_len=max_seq_len)
+    cache = KVCache(model.config, max_seq_len, model.model.dtype, model.model.norm.weight.device)
+    return measure(model, model.model, cache, tokens)
 
 
-def measure(model: Any, tokens: int) -> dict[str, Any]:
-    """Greedy ids, and logits of the last prompt token and of one token more."""
+def measure(model: Any, forward: Any, cache: Any, tokens: int) -> dict[str, Any]:
+    """Greedy ids, their speed, and logits: after a prompt, then after each of some given tokens."""
     import torch
+
+    from gemma4.generate import prefill
 
     ids = prompt(model.config.vocab_size)
     new_ids = model.generate_ids(ids, tokens)
@@ -72,9 +82,15 @@ def measure(model: Any, tokens: int) -> dict[str, Any]:
     prefilled = time.perf_counter()
     model.generate_ids(ids, tokens)
     decode_s = time.perf_counter() - prefilled - (prefilled - begin)
-    logits = model.logits(ids[:64])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    torch.save(logits.float().cpu(), logits_file(type(model).__name__))
+    with torch.inference_mode():
+        rows = [prefill(forward, cache, ids)]
+        device = rows[0].device
+        for position, token in enumerate(ids[:GIVEN_TOKENS], start=len(ids)):
+            rows.append(
+                forward(torch.tensor([token], device=device), torch.tensor([position], device=device), cache, 1)
+            )
+        torch.save(torch.cat(rows).float().cpu(), logits_file(type(model).__name__))
     return {"ids": new_ids, "ms_per_token": 1000 * decode_s / (tokens - 1), "peak_device_bytes": peak}
 
 
@@ -119,6 +135,7 @@ def compare(results: dict[str, Any]) -> None:
     a, b = results["exported"].pop("ids"), results["eager"].pop("ids")
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
     results["compare"] = {
+        "cosine_after_prompt": cosine[0].item(),
         "least_cosine": cosine.min().item(),
         "largest_difference": (ours - theirs).abs().max().item(),
         "equal_greedy_tokens": f"{same} of {len(a)}",

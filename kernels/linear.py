@@ -45,8 +45,6 @@ __all__ = [
 
 SCRATCH_BYTES = {"cuda": 128 << 20, "cpu": 16 << 20}
 """Most bytes of decoded weights held at a time, by device, save for the smallest piece."""
-RECORDED_SCRATCH_BYTES = 512 << 20
-"""The same where a compiler records the operations, which takes it seconds for every piece of a model's weights."""
 ALIGNED_ROWS = 128
 """Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
 
@@ -125,17 +123,16 @@ def _check(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> tuple[int, int]:
 def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
     """x: [M, K]. Returns [M, N], holding a bounded slice of decoded weights at a time."""
     n, k = planes[0].shape[0], x.shape[1]
-    scratch = SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"])
-    if torch.compiler.is_compiling():
-        scratch = RECORDED_SCRATCH_BYTES
-    pieces = -(-n * k * x.element_size() // scratch)
+    pieces = -(-n * k * x.element_size() // SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"]))
     if pieces == 1:
         return dense_linear(x, dequantize_planes(name, planes, x.dtype))
     step = max(ALIGNED_ROWS, n // pieces // ALIGNED_ROWS * ALIGNED_ROWS)
+    parts = (tuple(plane[start : start + step] for plane in planes) for start in range(0, n, step))
+    if torch.compiler.is_compiling():  # a compiler lets products write their part of the whole by itself
+        return torch.cat([dense_linear(x, dequantize_planes(name, part, x.dtype)) for part in parts], dim=1)
     y = x.new_empty((x.shape[0], n))
-    for start in range(0, n, step):
-        part = tuple(plane[start : start + step] for plane in planes)
-        dense_linear(x, dequantize_planes(name, part, x.dtype), out=y[:, start : start + step])
+    for part, columns in zip(parts, y.split(step, dim=1), strict=True):
+        dense_linear(x, dequantize_planes(name, part, x.dtype), out=columns)
     return y
 
 
