@@ -35,6 +35,7 @@ class Peaks:
     @contextmanager
     def watching(self) -> Iterator[None]:
         if self._device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats(self._device)
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
