@@ -95,6 +95,7 @@ class DecodeLoop:
         self.position.add_(1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
+        torch.cuda.empty_cache()  # what a prompt needed more
         before, random = [tensor.clone() for tensor in self.state], self.generator.get_state()
         stream = torch.cuda.Stream(self.token.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

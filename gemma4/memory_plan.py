@@ -64,7 +64,8 @@ class LayerGroup:
 class MemoryPlan:
     """Bytes of GPU memory by purpose, for generations of up to `context` tokens.
 
-    prefill_bytes, decode_bytes: most bytes of activations and decoded weights alive in a chunk and in a decode step.
+    prefill_bytes: of the blocks that activations and decoded weights of a chunk are cut from.
+    decode_bytes: most bytes of them alive in a decode step.
     allocated_bytes: the most that tensors take at a time, as `torch.cuda.max_memory_allocated` counts.
     rounding_bytes: what PyTorch takes from the GPU beyond tensors, in whole segments.
     loading_bytes: buffers of the loader, as far as they are larger than caches and activations, which come later.
@@ -169,7 +170,7 @@ class MemoryModel:
                 groups.append(LayerGroup(kind, len(own), positions, sum(per_token)))
                 sizes += [positions * size for size in per_token]
         weight_segments, kv_segments = segment_bytes(self._weights), segment_bytes(sizes)
-        prefill, decode = self._workspace.prefill_bytes(chunk), self._workspace.decode_bytes()
+        prefill, decode = sum(self._workspace.prefill_blocks(chunk)), self._workspace.decode_bytes()
         return MemoryPlan(
             name=config.name,
             context=context,

@@ -26,6 +26,7 @@ from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
 from gemma4.rope import inverse_frequencies
 from gemma4.rows import DenseRows, PackedRows, RMSNorm, RowMaker, closed
+from gemma4.workspace import Workspace
 
 
 class Weights:
@@ -287,6 +288,7 @@ class TextModel(Decoder):
 
     def __init__(self, config: Gemma4Config, plan: LoadPlan, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(config, plan, dtype, device)
+        self.workspace = Workspace(config, plan, dtype.itemsize)
         if config.hidden_size_per_layer_input:
             weights = Weights(plan.by_target())
             self.embed_tokens_per_layer = Embedding(weights.packed("embed_tokens_per_layer"))

@@ -81,17 +81,35 @@ class Workspace:
 
     def prefill_bytes(self, tokens: int) -> int:
         """Most bytes alive in a pass over a chunk."""
-        config, b = self.config, self.itemsize
-        hidden = tokens * config.hidden_size
-        own_inputs = 4 * tokens * config.num_hidden_layers * config.hidden_size_per_layer_input
-        # The residual stream in float32 and its norm.
-        carried = hidden * (4 + b) + own_inputs
+        return self._carried_bytes(tokens) + self._stage_bytes(tokens)
+
+    def prefill_blocks(self, tokens: int) -> tuple[int, int]:
+        """Bytes of two blocks of memory that hold all tensors of a pass over a chunk, in whatever order they come.
+
+        One is for what passes from layer to layer: the residual stream, its norm and a branch, beside the next stream
+        and norm, with which they trade places. So the other, for what a layer adds to them, is whole again each time.
+        """
+        streams = tokens * self.config.hidden_size * (2 * 4 + 3 * self.itemsize)
+        return streams + 2 * self._own_input_bytes(tokens), self._stage_bytes(tokens)
+
+    def _own_input_bytes(self, tokens: int) -> int:
+        """Of the per-layer inputs of all layers."""
+        return 4 * tokens * self.config.num_hidden_layers * self.config.hidden_size_per_layer_input
+
+    def _carried_bytes(self, tokens: int) -> int:
+        """What goes from layer to layer: the residual stream in float32, its norm, and the per-layer inputs."""
+        return tokens * self.config.hidden_size * (4 + self.itemsize) + self._own_input_bytes(tokens)
+
+    def _stage_bytes(self, tokens: int) -> int:
+        """Most bytes alive beyond that in a pass."""
+        carried, own_inputs = self._carried_bytes(tokens), self._own_input_bytes(tokens)
+        embedded = 4 * tokens * self.config.hidden_size * decode_factor(self._others["embed_tokens"].type)
         stages = [
-            4 * hidden * decode_factor(self._others["embed_tokens"].type),
-            hidden * (4 + b) + 5 * own_inputs + self._scratch(self._others, "per_layer_model_projection", tokens),
+            embedded - carried,
+            4 * own_inputs + self._scratch(self._others, "per_layer_model_projection", tokens),
         ]
         for layer, matrices in self._layers:
-            stages += [carried + size for size in self._layer_stages(layer, matrices, tokens)]
+            stages += self._layer_stages(layer, matrices, tokens)
         return int(max(stages))
 
     def decode_bytes(self) -> int:

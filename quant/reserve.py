@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.segments import large_block_bytes
 
-__all__ = ["reserve", "reserve_weights"]
+__all__ = ["reserve", "reserve_blocks", "reserve_weights"]
+
+
+def reserve_blocks(sizes: Iterable[int], device: torch.device) -> None:
+    """Has PyTorch hold a free block of each of these sizes, in bytes, for this stream. On a CPU does nothing.
+
+    A tensor is cut from the smallest block that has room for it: what is small and lives long does not scatter over
+    the largest where there is a smaller one.
+    """
+    if device.type == "cuda":
+        # All at a time: two of them are not the same memory.
+        _ = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
 
 
 def reserve(tensors: Iterable[Tensor], device: torch.device) -> None:
@@ -23,7 +34,7 @@ def reserve(tensors: Iterable[Tensor], device: torch.device) -> None:
     tensors: on any device, also "meta". On a CPU does nothing.
     """
     if device.type == "cuda":
-        torch.empty(large_block_bytes(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device=device)
+        reserve_blocks([large_block_bytes(tensor.nbytes for tensor in tensors)], device)
 
 
 def reserve_weights(model: nn.Module, device: torch.device) -> None:
