@@ -1,7 +1,7 @@
 """Times a model on one GPU: load, prefill, and decode against context. A table first, one JSON line last.
 
 usage: python benchmarks/end_to_end.py FILE [--kv-cache turboquant] [--profile]
-           [--contexts 512,2048,8192,32768] [--prompts 2048,8192]
+           [--contexts 512,2048,8192,32768] [--prompts 2048,8192] [--memory-prompt 126976]
 
 Decode replays the captured step at each context, with caches full of random keys and values: its cost depends on the
 position, not on the values. Times are medians, with weights far larger than the L2 cache in between.
@@ -16,6 +16,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,11 +25,12 @@ from gemma4.cache import KVCache
 from gemma4.config import CacheKind
 from gemma4.decode_loop import DecodeLoop
 from gemma4.export.peaks import anonymous_bytes
-from gemma4.generate import prefill
+from gemma4.generate import prefill, reserve_workspace
 from gemma4.memory_plan import MemoryModel
 from gemma4.sampling import SamplingParams
 
 LONG_PROMPT = 16384  # tokens
+GIB = 1 << 30
 
 
 def note(line: str) -> None:
@@ -67,31 +69,72 @@ def fill(cache: KVCache) -> None:
                 tensor.random_(0, 256)
 
 
-def measure_memory(model: Gemma4) -> dict[str, int]:
-    """Bytes that a generation in the whole context takes of the GPU, beside what was planned from the header.
+def gpu_used() -> int:
+    """Bytes of the whole GPU that are taken: by PyTorch's pool, and by CUDA for itself."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
-    The keys and values are taken for all positions at once, so a prompt of a few chunks shows the peak.
+
+@torch.inference_mode()
+def tensors_of_a_prompt(model: Gemma4, ids: list[int]) -> int:
+    """The most bytes that tensors take at a time: without the blocks that a generation reserves, which count, too.
+
+    Compiles the kernels of a prompt.
     """
+    cache = KVCache(model.config, model.max_seq_len, model.model.dtype, model.device, model.kv_cache)
+    reserve_workspace(model.model, cache, len(ids))  # for what cuBLAS keeps
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    prefill(model.model, cache, ids)
+    return torch.cuda.max_memory_allocated()
+
+
+def measure_memory(model: Gemma4, prompt_tokens: int | None) -> dict[str, Any]:
+    """Bytes that a generation in the whole context takes of the GPU, beside what was planned from the header.
+
+    prompt_tokens: by default a few chunks; the keys and values are taken for all positions at once, so they show the
+    peak. The pool does not shrink before the decode step is captured, so the whole GPU is looked at between the two.
+    """
     memory_model = MemoryModel(model.config, model.plan, model.kv_cache, model.model.dtype.itemsize)
     plan = memory_model.at(model.max_seq_len)
-    prompt = torch.randint(0, model.config.vocab_size, (min(3 * plan.chunk + 5, plan.context - 8),)).tolist()
-    model.generate_ids(prompt, 8, eog_ids=frozenset())
-    free, total = torch.cuda.mem_get_info()
-    # Capturing the decode step gives back what a prompt needed more.
-    given_back = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
-    memory = {
+    tokens = min(prompt_tokens or 3 * plan.chunk + 5, plan.context - 16)
+    prompt = torch.randint(0, model.config.vocab_size, (tokens,)).tolist()
+    tensors = tensors_of_a_prompt(model, prompt[: plan.chunk + 5])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    first = model.generate_ids(prompt, 1, eog_ids=frozenset())
+    prompt_s = time.perf_counter() - begin
+    prompt_pool, prompt_gpu = torch.cuda.memory_reserved(), gpu_used()
+    segments = sorted(segment["total_size"] for segment in torch.cuda.memory_snapshot())
+    model.generate_ids(prompt + first, 8, eog_ids=frozenset())
+    decode_pool, decode_gpu = torch.cuda.memory_reserved(), gpu_used()
+    memory: dict[str, Any] = {
         "context": plan.context,
+        "prompt_tokens": tokens,
+        "prompt_tokens_per_s": tokens / prompt_s,
         "planned_allocated_bytes": plan.allocated_bytes,
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_allocated_bytes": tensors,
         "planned_total_bytes": plan.total_bytes,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-        "gpu_used_bytes": total - free + given_back,
+        "prompt_reserved_bytes": prompt_pool,
+        "prompt_gpu_bytes": prompt_gpu,
+        "decode_reserved_bytes": decode_pool,
+        "decode_gpu_bytes": decode_gpu,
+        "gpu_used_bytes": max(prompt_gpu, decode_gpu),
+        "prompt_segments": segments,
     }
     model.forget()
     torch.cuda.empty_cache()
     return memory
+
+
+def note_memory(memory: dict[str, Any]) -> None:
+    """The figures in GiB, and how the pool is made up."""
+    note(f"prompt of {memory['prompt_tokens']}: {memory['prompt_tokens_per_s']:.0f} tokens/s with its first token")
+    sizes = {key: f"{value / GIB:.3f}" for key, value in memory.items() if key.endswith("_bytes")}
+    note("GiB: " + ", ".join(f"{key.removesuffix('_bytes')} {size}" for key, size in sizes.items()))
+    note("pool during the prompt, MiB: " + " ".join(f"{size >> 20}" for size in memory["prompt_segments"]))
 
 
 @torch.inference_mode()
@@ -116,6 +159,7 @@ def time_prefill(model: Gemma4, prompts: list[int]) -> dict[int, float]:
     for length in prompts:
         ids = torch.randint(0, model.config.vocab_size, (length,)).tolist()
         cache = KVCache(model.config, length, model.model.dtype, model.device, model.kv_cache)
+        reserve_workspace(model.model, cache, length)
         is_long = length > LONG_PROMPT
         runs = timed(lambda c=cache, i=ids: prefill(model.model, c, i), 1 if is_long else 3, is_warm=is_long)
         seconds[length] = statistics.median(runs)
@@ -159,6 +203,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="2048,8192")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--kv-cache", default=CacheKind.LOSSLESS, choices=list(CacheKind))
+    parser.add_argument("--memory-prompt", type=int, help="tokens of the prompt whose memory is measured")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     contexts = [int(c) for c in args.contexts.split(",") if c]
@@ -166,6 +211,7 @@ def main() -> None:
 
     bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
+    note(f"CUDA alone: {(gpu_used() - torch.cuda.memory_reserved()) / GIB:.3f} GiB")
     begin = time.perf_counter()
     length = max(contexts + prompts) + 256
     model = Gemma4.from_gguf(args.file, device="cuda", max_seq_len=length, kv_cache=args.kv_cache)
@@ -174,7 +220,8 @@ def main() -> None:
     note(f"loaded in {load_s:.2f} s")
     host_bytes = anonymous_bytes() or 0
     packed = sum(p.nbytes for p in model.model.parameters())
-    memory = measure_memory(model)
+    memory = measure_memory(model, args.memory_prompt)
+    note_memory(memory)
     note(f"memory measured after {time.perf_counter() - begin:.0f} s")
     decode = time_decode(model, contexts, SamplingParams(temperature=0), args.steps)
     sampled = time_decode(model, contexts[:1], SamplingParams(), args.steps)
@@ -192,13 +239,14 @@ def main() -> None:
         print(f"sampled @{context:<8} {1 / s:10.1f} {1e3 * s:10.3f}  (top-k 64, top-p 0.95)")
     for length, s in filled.items():
         print(f"prefill {length:<9} {length / s:10.0f} {1e3 * s / length:10.3f}")
-    print(f"\nmemory at context {memory['context']:,}  planned GB  measured GB")
+    print(f"\n{'memory at context ' + format(memory['context'], ','):<31} planned GB  measured GB")
     for label, planned, measured in (
         ("tensors", "planned_allocated_bytes", "peak_allocated_bytes"),
-        ("all of the GPU", "planned_total_bytes", "gpu_used_bytes"),
+        ("all of the GPU during a prompt", "planned_total_bytes", "prompt_gpu_bytes"),
+        ("all of the GPU while decoding", "planned_total_bytes", "decode_gpu_bytes"),
     ):
         share = memory[planned] / memory[measured] - 1
-        print(f"{label:<26} {memory[planned] / 1e9:10.2f} {memory[measured] / 1e9:12.2f} {share:+8.1%}")
+        print(f"{label:<31} {memory[planned] / 1e9:10.2f} {memory[measured] / 1e9:12.2f} {share:+8.1%}")
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -66,7 +66,7 @@ class MemoryPlan:
 
     prefill_bytes: of the blocks that activations and decoded weights of a chunk are cut from.
     decode_bytes: most bytes of them alive in a decode step.
-    allocated_bytes: the most that tensors take at a time, as `torch.cuda.max_memory_allocated` counts.
+    allocated_bytes: the most that tensors take at a time, without what is reserved for others.
     rounding_bytes: what PyTorch takes from the GPU beyond tensors, in whole segments.
     loading_bytes: buffers of the loader, as far as they are larger than caches and activations, which come later.
     drafter_bytes: a drafter's weights, rounded up, and the most alive in a round of guesses; 0 without one.
@@ -171,6 +171,7 @@ class MemoryModel:
                 sizes += [positions * size for size in per_token]
         weight_segments, kv_segments = segment_bytes(self._weights), segment_bytes(sizes)
         prefill, decode = sum(self._workspace.prefill_blocks(chunk)), self._workspace.decode_bytes()
+        alive = max(self._workspace.prefill_bytes(chunk), decode, self._draft_pass_bytes)
         return MemoryPlan(
             name=config.name,
             context=context,
@@ -180,8 +181,7 @@ class MemoryModel:
             kv=tuple(groups),
             prefill_bytes=prefill,
             decode_bytes=decode,
-            allocated_bytes=block_bytes([*self._weights, *self._draft_weights, *sizes])
-            + max(prefill, decode, self._draft_pass_bytes),
+            allocated_bytes=block_bytes([*self._weights, *self._draft_weights, *sizes]) + alive,
             rounding_bytes=weight_segments + kv_segments - sum(self._weights) - sum(sizes),
             loading_bytes=max(0, self._loading_bytes - kv_segments - prefill - decode),
             drafter_bytes=segment_bytes(self._draft_weights) + self._draft_pass_bytes,
