@@ -2,7 +2,7 @@
 
 The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
 dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss, and
-three more do not suit our kernels:
+four more do not suit us:
 
     clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
     is_same_tensor                  tells constants apart by address; all freed ones have address 0 and would be merged
@@ -11,6 +11,7 @@ three more do not suit our kernels:
     generate_ttir                   a kernel's code, to see which arguments it writes: made again for every launch
     ttir_to_functions               what that code does: anything, where assembly is not known to write nothing
     convert_cubin_to_obj            names an object by the kernel's code, which two kernels may share
+    generate_example_value          what a kernel is tried with, as large as the real thing: here all of one piece
 
 Names are checked against the torch that is installed, and versions other than those tried are refused.
 """
@@ -45,6 +46,7 @@ PATCHED_NAMES: Final = (
     ("torch._higher_order_ops.triton_kernel_wrap", "generate_ttir"),
     ("torch._higher_order_ops.triton_kernel_wrap", "ttir_to_functions"),
     ("torch._inductor.codecache", "convert_cubin_to_obj"),
+    ("torch._inductor.select_algorithm", "AlgorithmSelectorCache.generate_example_value"),
 )
 # Module, attribute: what is called.
 CALLED_NAMES: Final = (
@@ -123,7 +125,7 @@ def patched_compiler() -> Iterator[None]:
             owner = getattr(owner, owner_path) if owner_path else owner
             original = getattr(owner, name)
             if name in vars(owner):
-                stack.callback(setattr, owner, name, original)
+                stack.callback(setattr, owner, name, vars(owner)[name])
             else:
                 stack.callback(delattr, owner, name)
             setattr(owner, name, replacement(original))
@@ -216,6 +218,32 @@ def _convert_cubin_to_obj(original: Callable[..., str]) -> Callable[..., str]:
     return convert
 
 
+def _generate_example_value(original: Callable[..., Tensor]) -> staticmethod[..., Tensor]:
+    piece = torch.empty(0, dtype=torch.uint8)
+
+    def generate(
+        size: Sequence[int],
+        stride: Sequence[int],
+        device: torch.device | str,
+        dtype: torch.dtype,
+        extra_size: int,
+        allocation_size: Sequence[int] | None = None,
+    ) -> Tensor:
+        nonlocal piece
+        last = sum((n - 1) * step for n, step in zip(allocation_size or size, stride, strict=True))
+        nbytes = max(0, last + 1 + extra_size) * dtype.itemsize
+        if nbytes <= _SHORT_BYTES:  # may be indices, which what a kernel writes must not turn into others
+            return torch.zeros(nbytes, dtype=torch.uint8, device=device).view(dtype).as_strided(size, stride)
+        if piece.nbytes < nbytes or piece.device != torch.device(device):
+            piece = torch.empty(0, dtype=torch.uint8)
+            piece = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        return piece[:nbytes].view(dtype).as_strided(size, stride)
+
+    return staticmethod(generate)
+
+
+_SHORT_BYTES: Final = 1 << 20
+
 _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _clone_preserve_strides,
     _is_same_tensor,
@@ -224,6 +252,7 @@ _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _generate_ttir,
     _ttir_to_functions,
     _convert_cubin_to_obj,
+    _generate_example_value,
 )
 
 
