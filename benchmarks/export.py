@@ -1,6 +1,6 @@
 """Exports a GGUF as `.pt2`, loads it again, and compares with eager: memory, time, logits, tokens, decode speed.
 
-usage: python benchmarks/export.py FILE OUT [--max-seq-len 131072] [--tokens 256]
+usage: python benchmarks/export.py FILE OUT [--max-seq-len 131072] [--kv-cache lossless] [--tokens 256]
 
 Each part runs in a process of its own, so that peaks are its own. A table comes last, after it one line of JSON.
 """
@@ -28,13 +28,12 @@ def prompt(vocab_size: int) -> list[int]:
     return [(i * 7919 + 11) % vocab_size for i in range(PROMPT_TOKENS)]
 
 
-def export(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, Any]:
+def export(file: Path, out: Path, max_seq_len: int, kv_cache: str, tokens: int) -> dict[str, Any]:
     from gemma4.export.aoti import export_aoti
 
     begin = time.perf_counter()
-    report = export_aoti(
-        file, out, max_seq_len=max_seq_len, on_phase=lambda name: print(f"  {name}", file=sys.stderr, flush=True)
-    )
+    show = lambda name: print(f"  {name}", file=sys.stderr, flush=True)  # noqa: E731
+    report = export_aoti(file, out, max_seq_len=max_seq_len, kv_cache=kv_cache, on_phase=show)
     return {
         "wall_s": time.perf_counter() - begin,
         "seconds": dict(report.seconds),
@@ -44,7 +43,7 @@ def export(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, An
     }
 
 
-def run_exported(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, Any]:
+def run_exported(file: Path, out: Path, max_seq_len: int, kv_cache: str, tokens: int) -> dict[str, Any]:
     start = time.perf_counter()
     from gemma4.export.runtime import ExportedGemma4
 
@@ -60,12 +59,13 @@ def run_exported(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[s
     }
 
 
-def run_eager(file: Path, out: Path, max_seq_len: int, tokens: int) -> dict[str, Any]:
+def run_eager(file: Path, out: Path, max_seq_len: int, kv_cache: str, tokens: int) -> dict[str, Any]:
     from gemma4 import Gemma4
     from gemma4.cache import KVCache
+    from gemma4.config import CacheKind
 
-    model = Gemma4.from_gguf(file, max_seq_len=max_seq_len)
-    cache = KVCache(model.config, max_seq_len, model.model.dtype, model.model.norm.weight.device)
+    model = Gemma4.from_gguf(file, max_seq_len=max_seq_len, kv_cache=kv_cache)
+    cache = KVCache(model.config, max_seq_len, model.model.dtype, model.model.norm.weight.device, CacheKind(kv_cache))
     return measure(model, model.model, cache, tokens)
 
 
@@ -102,11 +102,12 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--max-seq-len", type=int, default=131072)
+    parser.add_argument("--kv-cache", default="lossless")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--part", choices=PARTS)
     args = parser.parse_args()
     if args.part:
-        print(json.dumps(PARTS[args.part](args.file, args.out, args.max_seq_len, args.tokens)))
+        print(json.dumps(PARTS[args.part](args.file, args.out, args.max_seq_len, args.kv_cache, args.tokens)))
         return
     results: dict[str, Any] = {}
     for part in PARTS:
