@@ -27,7 +27,7 @@ from benchmarks.synthesize import write
 from gemma4 import Gemma4, __version__
 from gemma4.cache import KVCache
 from gemma4.decode_loop import DecodeLoop
-from gemma4.generate import prefill
+from gemma4.generate import prefill, reserve_workspace
 from gemma4.memory_plan import MemoryModel
 from gemma4.quant.loader import GPU_WORKERS, SLICE_BYTES
 from gemma4.sampling import SamplingParams
@@ -125,6 +125,7 @@ def run(model: Gemma4, tokens: int) -> tuple[float, int | None]:
     cache = KVCache(model.config, model.max_seq_len, text.dtype, device, model.kv_cache)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     loop = DecodeLoop(text, cache, SamplingParams(temperature=0))
+    reserve_workspace(text, cache, tokens)
     loop.start(prefill(text, cache, ids), tokens, seed=0)
     loop.advance()  # compiles and captures
 

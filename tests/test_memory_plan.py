@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.plan import LOADABLE_TYPES, LoadEntry, LoadPlan
 from gemma4.workspace import Workspace
+from tests.caching_allocator import CachingAllocator
 from tests.family_gguf import FULL_SIZE, SHRUNKEN, quantize
-from tests.live_memory import peak_live_bytes
+from tests.live_memory import allocations, opened_ops, peak_live_bytes
 from tests.tiny_gguf import GEMMA4_31B, Model, gemma4, q4_k_m
 
 Header = tuple[Gemma4Config, LoadPlan]
@@ -151,6 +153,28 @@ def test_tensors_of_a_chunk_with_experts(tmp_path: Path) -> None:
     peak = visible_peak(loaded.model, planned.chunk, 256, loaded.device)
     assert peak <= loaded.model.workspace.prefill_bytes(planned.chunk) <= 1.25 * peak
     assert peak <= planned.prefill_bytes
+
+
+@pytest.mark.parametrize("kv_cache", [CacheKind.LOSSLESS, CacheKind.TURBOQUANT])
+def test_tensors_of_a_prompt_fit_the_blocks_reserved_for_them(kv_cache: CacheKind, tmp_path: Path) -> None:
+    """In chunks through twelve layers of 31B, with what its ops allocate inside themselves."""
+    sizes = replace(GEMMA4_31B, layers=12)
+    config, plan = read(quantize(gemma4(sizes), "Q4_K_M"), tmp_path / "model.gguf")
+    model = on_meta(config, plan)
+    cache = KVCache(config, 8192, torch.bfloat16, META, kv_cache)
+    known = [*model.parameters(), *cache.tensors()]
+    chunks = [torch.empty(tokens, dtype=torch.int64, device=META) for tokens in (2048, 2048, 1000)]
+    with opened_ops():
+        events, peak = allocations(lambda: [model(ids, ids, cache, 0) for ids in chunks], [*known, *chunks])
+    assert peak == model.workspace.prefill_bytes(2048)
+    allocator = CachingAllocator()
+    allocator.reserve(model.workspace.prefill_blocks(2048))
+    allocator.run(events)
+    assert max(allocator.segments[2:]) <= 2 << 20, "small ones"
+    assert sum(allocator.segments) < peak + (100 << 20)
+    unprepared = CachingAllocator()
+    unprepared.run(events)
+    assert sum(unprepared.segments) > sum(allocator.segments) + (50 << 20)
 
 
 def test_tensors_of_a_step(header: Header) -> None:

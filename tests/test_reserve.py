@@ -14,7 +14,7 @@ from gemma4.memory_plan import weight_planes
 from gemma4.model import TextModel
 from gemma4.quant import reserve as reserve_module
 from gemma4.quant.gguf_file import GGUFFile
-from gemma4.quant.reserve import reserve, reserve_weights
+from gemma4.quant.reserve import reserve, reserve_blocks, reserve_weights
 from gemma4.quant.segments import block_bytes, large_block_bytes, segment_bytes
 from tests.family_gguf import SHRUNKEN
 
@@ -50,6 +50,7 @@ def test_a_cpu_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.empty(1 << 40, dtype=torch.uint8, device="meta")]
     monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("memory was taken"))
     reserve(tensors, torch.device("cpu"))
+    reserve_blocks([1 << 40], torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -73,3 +74,28 @@ def test_a_loaded_model_and_its_cache_take_what_is_planned(real_gguf: Path) -> N
     weights = [parameter.nbytes for parameter in model.model.parameters()]
     # A segment more for what is no weight, and what small tensors leave of segments that they share.
     assert torch.cuda.memory_reserved() - before <= segment_bytes(weights) + 4 * MIB
+
+
+@pytest.mark.gpu
+def test_blocks_are_not_the_same_memory() -> None:
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    reserve_blocks([32 * MIB, 64 * MIB], device)
+    assert torch.cuda.memory_reserved() - before == 96 * MIB
+    small = torch.empty(30 * MIB, dtype=torch.uint8, device=device)
+    large = torch.empty(64 * MIB, dtype=torch.uint8, device=device)
+    assert torch.cuda.memory_reserved() - before == 96 * MIB
+    assert small.device == large.device
+
+
+@pytest.mark.gpu
+def test_a_prompt_takes_its_cache_and_its_blocks(real_gguf: Path) -> None:
+    """And the workspace of cuBLAS, at most 32 MiB, and two segments of small tensors."""
+    model = Gemma4.from_gguf(real_gguf, device="cuda", max_seq_len=4096)
+    torch.cuda.empty_cache()
+    loaded, weights = torch.cuda.memory_reserved(), model.held_bytes
+    model.generate_ids([1000 + i for i in range(3000)], 1, eog_ids=frozenset())
+    cache = segment_bytes([model.held_bytes - weights])
+    blocks = [segment_bytes([size]) for size in model.model.workspace.prefill_blocks(2 * model.config.sliding_window)]
+    assert sum(blocks) < torch.cuda.memory_reserved() - loaded <= cache + sum(blocks) + 36 * MIB
