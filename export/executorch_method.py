@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from gemma4.cache import KVCache
+from gemma4.export.low_memory import is_without_storage
 from gemma4.export.methods import Method, MethodName
 from gemma4.model import TextModel
 
@@ -26,6 +27,11 @@ _SEEDS = 2.0**24
 
 class RunnerMethod(Method):
     """A method of `gemma4.export.methods` with the runner's inputs. The seed is drawn by the runtime at every step."""
+
+    @classmethod
+    def of(cls, method: Method, *, with_logits: bool) -> RunnerMethod:
+        """A method with other inputs, over the same model and cache."""
+        return cls(method.name, method.model, method._kv_cache, method.suppress_ids, with_logits=with_logits)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """tokens: int64 [1, T]; input_pos: int64 [T]; temperature: float32 [1]. Returns the token, int64 [1, 1]."""
@@ -52,17 +58,17 @@ def runner_methods(
 
 
 def constant_methods(
-    model: TextModel, methods: Mapping[MethodName, RunnerMethod], max_seq_len: int, eos_ids: Sequence[int] = ()
+    methods: Mapping[MethodName, RunnerMethod], max_seq_len: int, eos_ids: Sequence[int] = ()
 ) -> ConstantMethods:
     """The constants by name. eos_ids: where to stop; the runner asks its tokenizer where there are none."""
     prefill = methods[MethodName.PREFILL]
     # Constants of a cache, such as a codebook, are no zeros.
-    mutable = [name for name, buffer in prefill.named_buffers() if not bool(buffer.any())]
+    mutable = [name for name, buffer in prefill.named_buffers() if is_without_storage(buffer) or not bool(buffer.any())]
     constants: ConstantMethods = {
         "get_max_seq_len": max_seq_len,
         "get_max_context_len": max_seq_len,
-        "get_vocab_size": model.config.vocab_size,
-        "get_n_layers": len(model.config.layers),
+        "get_vocab_size": prefill.model.config.vocab_size,
+        "get_n_layers": len(prefill.model.config.layers),
         "get_max_prefill_chunk": prefill.max_tokens,
         "get_min_prefill_chunk": 1,
         "get_mutable_buffer_metadata": json.dumps({"version": 1, "mutable_buffers": mutable}),

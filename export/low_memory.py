@@ -1,13 +1,16 @@
 """Compiling a model whose weights and caches take no memory, and opening what was compiled.
 
 The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
-dtype and device, so a tensor may stand there with its storage freed. Four places of the compiler take this amiss, and
-four more do not suit us:
+dtype and device, so a tensor may stand there with its storage freed. Seven places take this amiss, and four more
+do not suit us:
 
     clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
     is_same_tensor                  tells constants apart by address; all freed ones have address 0 and would be merged
+    FakeTensorMode._dispatch_impl   computes where no tensor is a fake one; a freed one becomes a fake one
     FakeTensorProp.get_attr         gives tensors to operators that compute with them; a freed one becomes a fake one
-    get_original_value_of_constant  what is serialized of a buffer: of a freed one zeros, which is what it held
+    get_original_value_of_constant  a constant's size, and what is serialized of a buffer: of a freed one zeros, unread
+    Tensor.__deepcopy__             gives a copy memory of its own: a freed tensor is its own copy
+    Parameter.__deepcopy__          reads what it copies
     generate_ttir                   a kernel's code, to see which arguments it writes: made again for every launch
     ttir_to_functions               what that code does: anything, where assembly is not known to write nothing
     convert_cubin_to_obj            names an object by the kernel's code, which two kernels may share
@@ -19,6 +22,7 @@ Names are checked against the torch that is installed, and versions other than t
 from __future__ import annotations
 
 import importlib
+import mmap
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gemma4.quant.errors import UnsupportedFeatureError
 
@@ -42,6 +47,9 @@ PATCHED_NAMES: Final = (
     ("torch._inductor.compile_fx", "clone_preserve_strides"),
     ("torch._inductor.graph", "is_same_tensor"),
     ("torch._inductor.graph", "GraphLowering.get_original_value_of_constant"),
+    ("torch", "Tensor.__deepcopy__"),
+    ("torch.nn", "Parameter.__deepcopy__"),
+    ("torch._subclasses.fake_tensor", "FakeTensorMode._dispatch_impl"),
     ("torch.fx.passes.fake_tensor_prop", "FakeTensorProp.get_attr"),
     ("torch._higher_order_ops.triton_kernel_wrap", "generate_ttir"),
     ("torch._higher_order_ops.triton_kernel_wrap", "ttir_to_functions"),
@@ -91,6 +99,16 @@ def without_storage(tensor: Tensor, device: torch.device | str) -> Tensor:
 def is_without_storage(tensor: Tensor) -> bool:
     """Whether the tensor's storage is freed."""
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def untouched_zeros(like: Tensor) -> Tensor:
+    """Zeros on the host, strided as `like`, that take no memory unless they are written to."""
+    ends = (int(n - 1) * int(step) for n, step in zip(like.shape, like.stride(), strict=True))
+    items = 1 + int(like.storage_offset()) + sum(ends)
+    # Of private pages that are only read the kernel has one, of zeros.
+    pages = mmap.mmap(-1, items * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flat = torch.frombuffer(pages, dtype=like.dtype, count=items)
+    return flat.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
 @contextmanager
@@ -157,10 +175,30 @@ def _is_same_tensor(original: Callable[[Tensor, Tensor], bool]) -> Callable[[Ten
 def _get_original_value(original: Callable[[Any, str], Tensor]) -> Callable[[Any, str], Tensor]:
     def get_original_value(graph: Any, name: str) -> Tensor:
         value = original(graph, name)
-        # On the host, where untouched zeros take no memory.
-        return torch.zeros(value.shape, dtype=value.dtype) if is_without_storage(value) else value
+        return untouched_zeros(value) if is_without_storage(value) else value
 
     return get_original_value
+
+
+def _deepcopy(original: Callable[[Any, dict[int, Any]], Any]) -> Callable[[Any, dict[int, Any]], Any]:
+    def deepcopy(x: Any, memo: dict[int, Any]) -> Any:
+        if type(x) in (Tensor, nn.Parameter) and is_without_storage(x):
+            memo[id(x)] = x
+            return x
+        return original(x, memo)
+
+    return deepcopy
+
+
+def _dispatch(original: Callable[..., Any]) -> Callable[..., Any]:
+    def dispatch(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        def fake(x: Tensor) -> Tensor:
+            is_freed = type(x) in (Tensor, nn.Parameter) and is_without_storage(x)
+            return mode.fake_tensor_converter.from_real_tensor(mode, x) if is_freed else x
+
+        return original(mode, func, types, *tree_map_only(Tensor, fake, (args, kwargs)))
+
+    return dispatch
 
 
 def _get_attr(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -248,6 +286,9 @@ _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _clone_preserve_strides,
     _is_same_tensor,
     _get_original_value,
+    _deepcopy,
+    _deepcopy,
+    _dispatch,
     _get_attr,
     _generate_ttir,
     _ttir_to_functions,
@@ -271,13 +312,20 @@ def compile_method(program: ExportedProgram, device: torch.device) -> list[Any]:
         # Trying out which vector instructions the host has takes a minute; nothing here computes on the host.
         options["cpp.vec_isa_ok"] = False
     args, kwargs = program.example_inputs or ((), {})
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True  # our operators' bodies are traced here: no launch options of eager runs
-    try:
+    with tracing_operators():
         files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)
+    return files
+
+
+@contextmanager
+def tracing_operators() -> Iterator[None]:
+    """While the block runs, bodies of operators that are traced record no launch options of eager runs."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
     finally:
         torch.compiler._is_compiling_flag = before
-    return files
 
 
 def write_package(path: Path, methods: Mapping[str, list[Any]]) -> None:

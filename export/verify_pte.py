@@ -73,7 +73,7 @@ class PteReport:
 
 
 def verify_pte(program: str | Path, data: str | Path, weights: Mapping[str, Tensor]) -> PteReport:
-    """weights: the exported module's parameters and buffers under all of their names.
+    """weights: the exported module's parameters and buffers under all of their names; each is asked for once or twice.
 
     Raises MalformedError, MissingTensorError or UnexpectedTensorError, which name the file and what is wrong with it.
     """
@@ -81,7 +81,7 @@ def verify_pte(program: str | Path, data: str | Path, weights: Mapping[str, Tens
     names, constants = _load(program, data)
     file, blobs = ProgramFile.open(program), DataFile.open(data)
     delegates = [delegate for name in MethodName for delegate in file.delegates.get(name, ())]
-    used: set[str] = set()
+    used: dict[str, str] = {}  # keys of the data file by name
     shims: set[str] = set()
     libraries: set[str] = set()
     for delegate in delegates:
@@ -89,9 +89,10 @@ def verify_pte(program: str | Path, data: str | Path, weights: Mapping[str, Tens
             raise MalformedError(f"found the backend {delegate.backend}, expected {CUDA_BACKEND}", path=program)
         method = CudaMethod.parse(delegate.payload, program)
         for weight in method.weights:
-            if "." in weight.name:  # the others are numbers in the graph, which tracing named
+            # Names without a dot are of numbers in the graph, which tracing named. Methods share keys.
+            if "." in weight.name and used.get(weight.name) != weight.key:
                 _compare(weight.name, weights, blobs, weight.key)
-                used.add(weight.name)
+                used[weight.name] = weight.key
         library = file.named_data.get(method.library) or blobs.blobs.get(method.library)
         if library is None:
             raise MalformedError(f"no library {method.library}", path=program)
@@ -100,14 +101,14 @@ def verify_pte(program: str | Path, data: str | Path, weights: Mapping[str, Tens
     if not delegates:
         for name in blobs.blobs:
             _compare(name, weights, blobs, name)
-            used.add(name)
-    _check_complete(used, weights, data, has_buffers=bool(delegates))
+            used[name] = name
+    _check_complete(used, weights, blobs, has_buffers=bool(delegates))
     return PteReport(
         methods=tuple(sorted(names & set(MethodName))),
         constants=constants,
         backends=tuple(sorted({delegate.backend for delegate in delegates})),
         weights=len(used),
-        weight_bytes=sum(weights[name].nbytes for name in used),
+        weight_bytes=sum(len(blobs.blobs[key]) for key in used.values()),
         libraries=len(libraries),
         shims=tuple(sorted(shims)),
     )
@@ -166,14 +167,17 @@ def _compare(name: str, weights: Mapping[str, Tensor], blobs: DataFile, key: str
         raise UnexpectedTensorError("the model has no such weight", path=blobs.path, field=name)
     if key not in blobs.blobs:
         raise MissingTensorError("is not in the data file", path=blobs.path, field=name)
-    blob, at = blobs.blobs[key], 0
-    if len(blob) != weights[name].nbytes:
-        message = f"found {len(blob)} bytes, expected {weights[name].nbytes}"
-        raise MalformedError(message, path=blobs.path, field=name)
-    for chunk in _chunks(weights[name]):
-        if blob[at : at + len(chunk)] != chunk:
-            raise MalformedError("its bytes differ from the model's", path=blobs.path, field=name)
-        at += len(chunk)
+    blob, tensor = blobs.blobs[key], weights[name]
+    if len(blob) != tensor.nbytes:
+        raise MalformedError(f"found {len(blob)} bytes, expected {tensor.nbytes}", path=blobs.path, field=name)
+    if not _is_equal(tensor, blob):
+        raise MalformedError("its bytes differ from the model's", path=blobs.path, field=name)
+
+
+def _is_equal(tensor: Tensor, blob: memoryview) -> bool:
+    starts = range(0, tensor.nbytes, _CHUNK_BYTES)
+    chunks = zip(starts, _chunks(tensor), strict=True)
+    return len(blob) == tensor.nbytes and all(blob[at : at + len(chunk)] == chunk for at, chunk in chunks)
 
 
 def _chunks(tensor: Tensor) -> Iterator[memoryview]:
@@ -182,9 +186,14 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield memoryview(flat[start : start + _CHUNK_BYTES].cpu().numpy())  # type: ignore[arg-type]
 
 
-def _check_complete(used: set[str], weights: Mapping[str, Tensor], path: Path, *, has_buffers: bool) -> None:
+def _check_complete(
+    used: Mapping[str, str], weights: Mapping[str, Tensor], blobs: DataFile, *, has_buffers: bool
+) -> None:
     """Every weight is there under one of its names. has_buffers: those of the cache, too, are in the data file."""
-    stored = {weights[name].data_ptr() for name in used}
-    for name, tensor in weights.items():
-        if tensor.data_ptr() not in stored and (has_buffers or isinstance(tensor, torch.nn.Parameter)):
-            raise MissingTensorError("is not in the data file", path=path, field=name)
+    for name in weights.keys() - used.keys():
+        tensor = weights[name]
+        if not has_buffers and not isinstance(tensor, torch.nn.Parameter):
+            continue
+        equal = [other for other, key in used.items() if _is_equal(tensor, blobs.blobs[key])]
+        if not any(weights[other].data_ptr() == tensor.data_ptr() for other in equal):
+            raise MissingTensorError("is not in the data file", path=blobs.path, field=name)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import re
 import subprocess
 import sys
+from collections import ChainMap
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-import libgguf
-import numpy as np
 import pytest
 import torch
 import triton
@@ -18,16 +20,18 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton.backends.compiler import GPUTarget
 
+from gemma4 import Gemma4
+from gemma4.config import CacheKind
 from gemma4.export.cuda_weights import CudaMethod
 from gemma4.export.elf import SharedLibrary
+from gemma4.export.executorch import _export_cuda
 from gemma4.export.executorch_cuda import lower_cuda
-from gemma4.export.executorch_files import ProgramFile
+from gemma4.export.executorch_files import DataFile, ProgramFile
+from gemma4.export.host_tensors import HostTensors, host_tensors
+from gemma4.export.peaks import Peaks
 from gemma4.export.verify_pte import CUDA_BACKEND, ENTRY_POINTS, check_library, verify_pte
-from gemma4.quant.errors import MalformedError
-from gemma4.quant.formats import QuantTensor, container_for
-from gemma4.quant.ggml_types import GGMLType
-from gemma4.quant.linear import Linear
-from gemma4.quant.packed_weight import PackedWeight
+from gemma4.quant.errors import MalformedError, MissingTensorError, UnexpectedTensorError
+from tests.tiny_gguf import gemma4
 
 
 def library(folder: Path, *, names: tuple[str, ...] = ENTRY_POINTS, calls: str = "aoti_torch_get_data_ptr") -> Path:
@@ -84,73 +88,89 @@ def test_own_libraries_resolve() -> None:
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """AOTInductor replaced: its library is a C file's, its weights are the program's own. Records what it is given."""
     from executorch.backends.cuda.cuda_backend import CudaBackend
-    from torch.export.pt2_archive._package_weights import TensorProperties, Weights
+    from torch._inductor import codecache, compile_fx, graph
+    from torch.export.pt2_archive._package_weights import Weights
 
     given: list[torch.fx.GraphModule] = []
+    get_original = "get_original_value_of_constant"
+
+    def _unlift_graph(tensor: Tensor) -> Tensor:  # ExecuTorch knows the caller by this name
+        return compile_fx.clone_preserve_strides(tensor)
 
     def compile_module(module: torch.fx.GraphModule, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> list[Any]:
         given.append(module)
         path = library(tmp_path, names=(*ENTRY_POINTS, f"method{len(given)}"))
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-        return [str(path), Weights({name: (tensor, TensorProperties(tensor)) for name, tensor in tensors.items()})]
+        clones = {f"_cloned_{name}": _unlift_graph(buffer) for name, buffer in module.named_buffers()}
+        monkeypatch.setattr(graph, "get_cloned_parameter_buffer_name", lambda name: f"_cloned_{name}")
+        lowering = SimpleNamespace(
+            constants=tensors,
+            allocated_constant_name={name: name for name in tensors},
+            module=SimpleNamespace(meta=clones),
+        )
+        original = getattr(graph.GraphLowering, get_original)
+        return [
+            str(path),
+            Weights({name: (original(lowering, name), codecache.TensorProperties(t)) for name, t in tensors.items()}),
+        ]
+
+    def free_all(program: torch.export.ExportedProgram, specs: object) -> None:
+        for name, tensor in (*program.state_dict.items(), *program.constants.items()):
+            if name.startswith(("model.", "cache.")):  # others are numbers, on the host
+                tensor.untyped_storage().resize_(0)
 
     monkeypatch.setattr(torch._inductor, "aot_compile", compile_module)
     monkeypatch.setattr(CudaBackend, "move_program_to_device", lambda program, device, specs: program)
+    monkeypatch.setattr(CudaBackend, "release_moved_tensors", free_all)  # as on a GPU
     monkeypatch.setitem(sys.modules, "torchtune", None)
     return given
 
 
-class Step(torch.nn.Module):
-    """A packed product and a cache: all that a method is made of, small."""
-
-    def __init__(self, weight: QuantTensor) -> None:
-        super().__init__()
-        packed = PackedWeight(weight.ggml_type, weight.shape)
-        packed.assign(weight)
-        self.model = Linear(packed, torch.float32)
-        self.cache = torch.nn.Module()
-        self.cache.register_buffer("k", torch.zeros(16, weight.shape[1]))
-
-    def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
-        keys = self.cache.get_buffer("k")
-        keys.index_copy_(0, input_pos, x)
-        return self.model((x + keys.sum(0),))
-
-
-def test_weights_methods_and_libraries_of_a_cuda_program(tmp_path: Path, stand_in: list[torch.fx.GraphModule]) -> None:
-    values = np.random.default_rng(0).standard_normal((8, 256), dtype=np.float32)
-    blocks = torch.from_numpy(libgguf.quantize_rows(values, GGMLType.Q4_K).view(np.uint8))
-    weight = container_for(GGMLType.Q4_K).from_blocks(blocks, 256)
-    step = Step(weight)
-    with torch.no_grad():
-        decode = torch.export.export(step, (torch.zeros(1, 256), torch.zeros(1, dtype=torch.int64)), strict=False)
-        shapes = {0: torch.export.Dim("tokens", min=1, max=16)}
-        inputs = (torch.zeros(12, 256), torch.arange(12))
-        prefill = torch.export.export(step, inputs, dynamic_shapes=(shapes, shapes), strict=False)
-    manager = lower_cuda({"decode": decode, "prefill": prefill}, {"get_min_prefill_chunk": 1, "get_eos_ids": [3, 5]})
-    out = tmp_path / "out"
+@pytest.fixture
+def exported(tmp_path: Path, stand_in: list[torch.fx.GraphModule]) -> Path:
+    """A tied model, both methods compiled over freed tensors: `m.gguf` and `out`."""
+    types = {"matrix": "Q8_0", "token_embd": "Q8_0"}
+    sizes = {"layers": 1, "hidden": 64, "ffn": 64, "vocab": 128, "context": 64, "period": 1}
+    model = gemma4(types=types, **sizes, heads=2, kv_heads=(1, 1), head_dim=(32, 32))
+    gguf, out = model.write(tmp_path / "m.gguf"), tmp_path / "out"
     out.mkdir()
-    with open(out / "model.pte", "wb") as file:
-        manager.write_to_file(file)
-    manager.write_tensor_data_to_file(out)
+    peaks = Peaks(torch.device("cpu"))
+    _export_cuda(gguf, out, torch.device("cpu"), 64, CacheKind.LOSSLESS, False, peaks)
+    return tmp_path
 
-    weights = {f"model.weight.{name}": plane for name, plane in weight.planes_dict().items()}
-    weights["cache.k"] = torch.zeros(16, 256)
-    report = verify_pte(out / "model.pte", out / "aoti_cuda_blob.ptd", weights)
-    assert report.backends == (CUDA_BACKEND,)
-    assert report.methods == ("decode", "prefill")
-    assert report.libraries == 2
+
+def test_a_model_without_memory_is_written_as_its_file(exported: Path) -> None:
+    program, data, gguf = exported / "out/model.pte", exported / "out/aoti_cuda_blob.ptd", exported / "m.gguf"
+    with host_tensors(gguf, max_seq_len=64) as tensors:
+        report = verify_pte(program, data, tensors)
+        name = "model.layers.0.mlp.down_proj.weight.qs"
+        changed = ChainMap({name: tensors[name] ^ 1}, cast("dict[str, Tensor]", tensors))
+        with pytest.raises(MalformedError, match=rf"{re.escape(name)}: its bytes differ"):
+            verify_pte(program, data, changed)
+        without_norm = {name: tensors[name] for name in tensors if name != "model.norm.weight"}
+        with pytest.raises(UnexpectedTensorError, match=r"model\.norm\.weight"):
+            verify_pte(program, data, without_norm)
+        with pytest.raises(MissingTensorError, match=r"model\.extra"):
+            verify_pte(program, data, ChainMap({"model.extra": torch.zeros(3)}, cast("dict[str, Tensor]", tensors)))
+    assert (report.backends, report.methods, report.libraries) == ((CUDA_BACKEND,), ("decode", "prefill"), 2)
     assert report.shims == ("aoti_torch_get_data_ptr",)
-    assert report.constants == {"get_eos_ids": (3, 5), "get_min_prefill_chunk": (1,)}
-    assert report.weights == 4
-    delegates = ProgramFile.open(out / "model.pte").delegates
-    assert [len(delegates[name]) for name in ("decode", "prefill")] == [1, 1]
-    by_method = [CudaMethod.parse(delegates[name][0].payload) for name in ("decode", "prefill")]
-    stored = [{w.key for w in method.weights if "." in w.name} for method in by_method]
-    assert stored[0] == stored[1]  # once for both
-    weights["model.weight.qs"] = weights["model.weight.qs"] ^ 1
-    with pytest.raises(MalformedError, match=r"model\.weight\.qs: its bytes differ"):
-        verify_pte(out / "model.pte", out / "aoti_cuda_blob.ptd", weights)
+    assert report.constants["get_n_layers"] == (1,)
+    state = json.loads(report.constants["get_mutable_buffer_metadata"][0])
+    assert state["mutable_buffers"] == ["cache.0.kv"]
+
+    delegates = ProgramFile.open(program).delegates
+    decode, prefill = (CudaMethod.parse(delegates[name][0].payload) for name in ("decode", "prefill"))
+    keys, others = ({w.name: w.key for w in method.weights if "." in w.name} for method in (decode, prefill))
+    assert keys == others  # once for both
+    blobs = DataFile.open(data).blobs
+    model = Gemma4.from_gguf(gguf, device="cpu", max_seq_len=64).model
+    expected = {f"model.{name}": parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    stored = {name: expected[name] for name in keys if name in expected}
+    assert {id(parameter) for parameter in stored.values()} == {id(parameter) for parameter in expected.values()}
+    for name, parameter in stored.items():
+        assert bytes(blobs[keys[name]]) == parameter.view(-1).view(torch.uint8).numpy().tobytes()
+    assert "model.inv_freq_full" in stored  # a constant, which the first method's compiler freed
+    assert not any(blobs[keys["cache.0.kv"]])
 
 
 @triton.jit
@@ -188,7 +208,7 @@ def test_kernels_that_mutate_reach_the_compiler(
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     with torch.no_grad():
         program = torch.export.export(Accumulator(), (torch.zeros(64),), strict=False)
-    lower_cuda({"decode": program}, {"get_n_layers": 1})
+    lower_cuda({"decode": program}, {"get_n_layers": 1}, cast("HostTensors", {}))
     (module,) = stand_in
     targets = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
     assert any("triton_kernel_wrapper" in target for target in targets)
