@@ -107,8 +107,12 @@ def measure_memory(model: Gemma4, prompt_tokens: int | None) -> dict[str, Any]:
     prompt_s = time.perf_counter() - begin
     prompt_pool, prompt_gpu = torch.cuda.memory_reserved(), gpu_used()
     segments = sorted(segment["total_size"] for segment in torch.cuda.memory_snapshot())
-    model.generate_ids(prompt + first, 8, eog_ids=frozenset())
+    answer = model.generate_ids(prompt + first, 8, eog_ids=frozenset())
     decode_pool, decode_gpu = torch.cuda.memory_reserved(), gpu_used()
+    # A second prompt finds the captured step on the GPU.
+    more = prompt[: plan.context - tokens - 16]
+    model.generate_ids(prompt + first + answer + more[: plan.chunk], 1, eog_ids=frozenset())
+    next_pool, next_gpu = torch.cuda.memory_reserved(), gpu_used()
     memory: dict[str, Any] = {
         "context": plan.context,
         "prompt_tokens": tokens,
@@ -121,7 +125,9 @@ def measure_memory(model: Gemma4, prompt_tokens: int | None) -> dict[str, Any]:
         "prompt_gpu_bytes": prompt_gpu,
         "decode_reserved_bytes": decode_pool,
         "decode_gpu_bytes": decode_gpu,
-        "gpu_used_bytes": max(prompt_gpu, decode_gpu),
+        "next_prompt_reserved_bytes": next_pool,
+        "next_prompt_gpu_bytes": next_gpu,
+        "gpu_used_bytes": max(prompt_gpu, decode_gpu, next_gpu),
         "prompt_segments": segments,
     }
     model.forget()
@@ -134,6 +140,8 @@ def note_memory(memory: dict[str, Any]) -> None:
     note(f"prompt of {memory['prompt_tokens']}: {memory['prompt_tokens_per_s']:.0f} tokens/s with its first token")
     sizes = {key: f"{value / GIB:.3f}" for key, value in memory.items() if key.endswith("_bytes")}
     note("GiB: " + ", ".join(f"{key.removesuffix('_bytes')} {size}" for key, size in sizes.items()))
+    beside = [memory[f"{when}_gpu_bytes"] - memory[f"{when}_reserved_bytes"] for when in ("prompt", "decode")]
+    note("CUDA itself, during the prompt and while decoding: {:.3f}, {:.3f} GiB".format(*(x / GIB for x in beside)))
     note("pool during the prompt, MiB: " + " ".join(f"{size >> 20}" for size in memory["prompt_segments"]))
 
 
@@ -244,6 +252,7 @@ def main() -> None:
         ("tensors", "planned_allocated_bytes", "peak_allocated_bytes"),
         ("all of the GPU during a prompt", "planned_total_bytes", "prompt_gpu_bytes"),
         ("all of the GPU while decoding", "planned_total_bytes", "decode_gpu_bytes"),
+        ("and during a prompt after that", "planned_total_bytes", "next_prompt_gpu_bytes"),
     ):
         share = memory[planned] / memory[measured] - 1
         print(f"{label:<31} {memory[planned] / 1e9:10.2f} {memory[measured] / 1e9:12.2f} {share:+8.1%}")
