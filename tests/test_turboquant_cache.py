@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
-    from benchmarks.needle import NEEDLE, digit_ids, divergence, haystack, read, runs, score
+    from benchmarks.needle import NEEDLE, digit_ids, divergence, haystack, numbers, read, row, runs, score
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,13 @@ def test_runs_of_the_benchmark_come_one_by_one(models: dict[CacheKind, Gemma4]) 
     assert found[0].kl is None
     assert found[1].kl is not None
     assert 0 < found[1].kl < 0.02
-    assert found[0].row().startswith(f"| 64 | 0.5 | lossless | 7 | {found[0].p:.4f} | - |")
+    assert row(found[:1]).startswith(f"| 64 | 0.5 | lossless | 1 of 1 | 7 of 7 | {found[0].p:.4f} | - |")
+
+
+def test_numbers_of_the_benchmark() -> None:
+    assert numbers(1) == [NEEDLE]
+    assert len(set(numbers(10))) == 10
+    assert {len(number) for number in numbers(10)} == {7}
 
 
 def test_unknown_kind_is_refused(real_gguf: Path) -> None:
