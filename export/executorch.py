@@ -23,6 +23,7 @@ from gemma4.export.executorch_method import RunnerMethod, constant_methods, runn
 from gemma4.export.executorch_portable import lower_portable
 from gemma4.export.hollow_model import hollow_methods
 from gemma4.export.host_tensors import HostTensors
+from gemma4.export.low_memory import patched_compiler
 from gemma4.export.methods import MethodName
 from gemma4.export.peaks import Peaks
 from gemma4.export.report import ExportError, ExportReport
@@ -104,7 +105,7 @@ def _export_cuda(
         methods = {name: RunnerMethod.of(method, with_logits=with_logits) for name, method in hollow.items()}
         tensors = HostTensors(file, plan, methods[MethodName.DECODE])
         constants = constant_methods(methods, max_seq_len, _eos_ids(file.metadata, file.path))
-        with peaks.phase("trace"):
+        with peaks.phase("trace"), patched_compiler():
             programs = {str(name): method.export() for name, method in methods.items()}
         with _compiling(peaks, gguf):
             manager = lower_cuda(programs, constants, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import subprocess
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 import triton
 from torch import nn
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._subclasses import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 from gemma4.export import low_memory
 from gemma4.export.low_memory import PATCHED_NAMES, check_torch, is_without_storage, missing_names, without_storage
+from gemma4.export.peaks import anonymous_bytes
 from gemma4.kernels import gelu_mul
 from gemma4.kernels.activations import empty_activations
 from gemma4.quant.errors import UnsupportedFeatureError
@@ -167,3 +170,40 @@ def test_kernels_of_the_same_code_have_objects_of_their_own(tmp_path: Path) -> N
     symbols = [subprocess.check_output(["nm", obj], text=True) for obj in objects]
     assert ["norm_3" in text for text in symbols] == [True, False]
     assert ["norm_7" in text for text in symbols] == [False, True]
+
+
+def test_zeros_take_no_memory_where_they_are_read() -> None:
+    like = without_storage(torch.empty(4096, 64, 256, dtype=torch.bfloat16).transpose(0, 1), "cpu")
+    before = anonymous_bytes()
+    zeros = low_memory.untouched_zeros(like)
+    assert (zeros.shape, zeros.stride(), zeros.dtype) == (like.shape, like.stride(), like.dtype)
+    assert zeros.untyped_storage().nbytes() == like.nbytes == 128 << 20
+    assert not any(bool(part.any()) for part in zeros.split(1))
+    after = anonymous_bytes()
+    assert before is not None
+    assert after is not None
+    assert after - before < 16 << 20
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, nn.Parameter])
+def test_freed_tensors_are_their_own_copies(kind: type[torch.Tensor]) -> None:
+    freed: torch.Tensor = without_storage(torch.empty(3), "cpu")
+    if kind is nn.Parameter:
+        freed = nn.Parameter(freed, requires_grad=False)
+    real = torch.ones(3)
+    with low_memory.patched_compiler():
+        first, second, copied = copy.deepcopy((freed, freed, real))
+    assert first is second is freed
+    assert copied is not real
+    assert torch.equal(copied, real)
+
+
+def test_operators_on_freed_tensors_alone_are_not_computed() -> None:
+    freed = without_storage(torch.empty(1), "cpu")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with low_memory.patched_compiler(), mode:
+        result = freed * 2.0
+        joined = torch.cat([freed, result])
+    assert isinstance(result, FakeTensor)
+    assert isinstance(joined, FakeTensor)
+    assert joined.shape == (2,)
