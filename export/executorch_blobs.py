@@ -2,7 +2,7 @@
 
 ExecuTorch's CUDA backend copies every weight of every method to a file of its own and hashes it, to see that methods
 agree. Here a blob is known by what it holds, and its bytes are asked for once. Two private names of ExecuTorch 1.5 are
-replaced for that; a version without them is refused. Importing this module imports ExecuTorch.
+replaced for that and others are used; a version without them is refused. Importing this module imports ExecuTorch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ from gemma4.export.low_memory import untouched_zeros
 from gemma4.quant.errors import UnsupportedFeatureError
 
 _CHUNK_BYTES: Final = 64 << 20
+# Where what is replaced or used is found.
+_NAMES: Final = (
+    (cuda_backend, "_full_zeros_preserving_strides"),
+    (cuda_weight_collector.CudaWeightCollector, "materialize"),
+    (cuda_weight_collector, "CudaWeightArtifact"),
+    (cuda_weight_collector, "CudaWeightEntry"),
+    (cuda_weight_collector, "_storage_key"),
+)
 
 
 class TensorBlob(FileBackedData):  # type: ignore[misc]
@@ -92,13 +100,12 @@ def blobs_from(tensors: HostTensors) -> Iterator[None]:
             artifact.storages[entry.storage_key] = blob
         return artifact
 
+    missing = [name for owner, name in _NAMES if not hasattr(owner, name)]
+    if missing:
+        raise UnsupportedFeatureError(f"its CUDA backend lacks {', '.join(missing)}", field="executorch")
+    replacements = (lambda x, device: untouched_zeros(x), materialize)
     with ExitStack() as stack:
-        for owner, name, replacement in (
-            (cuda_weight_collector.CudaWeightCollector, "materialize", materialize),
-            (cuda_backend, "_full_zeros_preserving_strides", lambda x, device: untouched_zeros(x)),
-        ):
-            if not hasattr(owner, name):
-                raise UnsupportedFeatureError(f"lacks {owner.__name__}.{name}", field="executorch")
+        for (owner, name), replacement in zip(_NAMES, replacements, strict=False):
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield

@@ -39,6 +39,7 @@ class HostTensors(Mapping[str, Tensor]):
         self._plan = plan
         self._weights: dict[str, tuple[LoadEntry, str]] = {}
         self._others: dict[str, Tensor] = {}
+        self._zeros: set[str] = set()
         self._unpacked: tuple[LoadEntry, nn.Module] | None = None
         entries = {entry.target: entry for entry in plan.entries}
         parameters = list(method.named_parameters(remove_duplicate=False))
@@ -53,6 +54,7 @@ class HostTensors(Mapping[str, Tensor]):
                 self._weights[name] = of_file[id(tensor)]
             elif is_without_storage(tensor):
                 self._others[name] = untouched_zeros(tensor)
+                self._zeros.add(name)
             else:
                 self._others[name] = tensor.detach().to("cpu", copy=True)
 
@@ -78,7 +80,7 @@ class HostTensors(Mapping[str, Tensor]):
         """Text that is the same for tensors with the same bytes: names of one weight, and zeros of one size."""
         if name in self._weights:
             return self._weights[name][1]
-        return name if bool(self._others[name].any()) else f"{self._others[name].nbytes} zeros"
+        return f"{self._others[name].nbytes} zeros" if name in self._zeros else name
 
 
 @contextmanager

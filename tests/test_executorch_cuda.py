@@ -30,7 +30,7 @@ from gemma4.export.executorch_files import DataFile, ProgramFile
 from gemma4.export.host_tensors import HostTensors, host_tensors
 from gemma4.export.peaks import Peaks
 from gemma4.export.verify_pte import CUDA_BACKEND, ENTRY_POINTS, check_library, verify_pte
-from gemma4.quant.errors import MalformedError, MissingTensorError, UnexpectedTensorError
+from gemma4.quant.errors import MalformedError, MissingTensorError, UnexpectedTensorError, UnsupportedFeatureError
 from tests.tiny_gguf import gemma4
 
 
@@ -215,3 +215,28 @@ def test_kernels_that_mutate_reach_the_compiler(
     targets = [str(node.target) for node in given.graph.nodes if node.op == "call_function"]
     assert any("triton_kernel_wrapper" in target for target in targets)
     assert not any("auto_functionalized" in target or "gemma4_test" in target for target in targets)
+
+
+def test_executorch_s_own_names_are_put_back_or_missed() -> None:
+    from executorch.backends.cuda import cuda_backend, cuda_weight_collector
+
+    from gemma4.export.executorch_blobs import blobs_from
+
+    def names() -> tuple[object, object]:
+        collector = cuda_weight_collector.CudaWeightCollector
+        return cuda_backend._full_zeros_preserving_strides, collector.materialize
+
+    def fail() -> None:
+        with blobs_from(cast("HostTensors", {})):
+            assert all(a is not b for a, b in zip(names(), before, strict=True))
+            raise RuntimeError("compiler")
+
+    before = names()
+    with pytest.raises(RuntimeError, match="compiler"):
+        fail()
+    assert names() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(cuda_weight_collector, "_storage_key")
+        with pytest.raises(UnsupportedFeatureError, match="executorch: its CUDA backend lacks _storage_key"):
+            fail()
+    assert names() == before
