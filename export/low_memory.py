@@ -8,6 +8,7 @@ do not suit us:
     is_same_tensor                  tells constants apart by address; all freed ones have address 0 and would be merged
     FakeTensorMode._dispatch_impl   computes where no tensor is a fake one; a freed one becomes a fake one
     FakeTensorProp.get_attr         gives tensors to operators that compute with them; a freed one becomes a fake one
+    _deduce_value                   computes with constants of one number; that of a freed one is not known
     get_original_value_of_constant  a constant's size, and what is serialized of a buffer: of a freed one zeros, unread
     Tensor.__deepcopy__             gives a copy memory of its own: a freed tensor is its own copy
     Parameter.__deepcopy__          reads what it copies
@@ -51,6 +52,7 @@ PATCHED_NAMES: Final = (
     ("torch.nn", "Parameter.__deepcopy__"),
     ("torch._subclasses.fake_tensor", "FakeTensorMode._dispatch_impl"),
     ("torch.fx.passes.fake_tensor_prop", "FakeTensorProp.get_attr"),
+    ("torch._inductor.fx_passes.joint_graph", "UniformValueConstantFolder._deduce_value"),
     ("torch._higher_order_ops.triton_kernel_wrap", "generate_ttir"),
     ("torch._higher_order_ops.triton_kernel_wrap", "ttir_to_functions"),
     ("torch._inductor.codecache", "convert_cubin_to_obj"),
@@ -210,6 +212,15 @@ def _get_attr(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_attr
 
 
+def _deduce_value(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def deduce_value(folder: Any, node: Any) -> Any:
+        value = original(folder, node)
+        is_freed = isinstance(value, Tensor) and is_without_storage(value)
+        return folder.unknown_value if is_freed else value
+
+    return deduce_value
+
+
 def _generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
     made: dict[Any, Any] = {}
 
@@ -290,6 +301,7 @@ _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _deepcopy,
     _dispatch,
     _get_attr,
+    _deduce_value,
     _generate_ttir,
     _ttir_to_functions,
     _convert_cubin_to_obj,

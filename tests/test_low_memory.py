@@ -207,3 +207,19 @@ def test_operators_on_freed_tensors_alone_are_not_computed() -> None:
     assert isinstance(result, FakeTensor)
     assert isinstance(joined, FakeTensor)
     assert joined.shape == (2,)
+
+
+def test_a_freed_number_is_not_known_to_the_compiler() -> None:
+    joint_graph = importlib.import_module("torch._inductor.fx_passes.joint_graph")
+    graph = torch.fx.Graph()
+    numbers = {"freed": without_storage(torch.empty(1), "cpu"), "known": torch.full((1,), 3.0)}
+    products = [graph.call_function(torch.ops.aten.mul.Tensor, (graph.get_attr(name), 2.0)) for name in numbers]
+    graph.output(tuple(products))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(1, device="meta")
+    module = torch.fx.GraphModule({name: nn.Parameter(x, requires_grad=False) for name, x in numbers.items()}, graph)
+    with low_memory.patched_compiler():
+        folder = joint_graph.UniformValueConstantFolder(module)
+        folder.run()
+    assert products[0] not in folder.node_replacements
+    assert folder.node_replacements[products[1]] == 6.0
