@@ -3,8 +3,9 @@
     for result in measure_pairs([("E2B", "Q8_0")], Path("/dev/shm"), torch.device("cuda")):
         print(json.dumps(result))
 
-While one file runs, the next is written; while one is loaded, nothing else happens. Before that a small file with the
-same types is loaded, so that no load waits for CUDA to load its kernels.
+All files are one: random bytes as many as the largest needs are written once, and each file's header over their
+beginning, from the largest file to the smallest. Before each, a small file with the same types is loaded, so that no
+load waits for CUDA to load its kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from benchmarks.synthesize import write
+from benchmarks.synthesize import write, write_header, write_random_bytes
 from gemma4 import Gemma4, __version__
 from gemma4.cache import KVCache
 from gemma4.decode_loop import DecodeLoop
@@ -35,6 +34,7 @@ from tests.family_gguf import FULL_SIZE, SHRUNKEN, quantize
 from tests.tiny_gguf import Model
 
 MAX_SEQ_LEN = 8192
+HEADER_BYTES = 64 << 20  # most that a header takes
 ROUND_S = 0.1  # of decode steps that are timed together
 MOST_STEPS = 16
 ROUNDS = 3
@@ -45,10 +45,13 @@ def measure_pairs(
     folder: Path,
     device: torch.device,
     sizes: Mapping[str, Callable[[], Model]] = FULL_SIZE,
+    *,
+    decodes: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """One result for each (size, recipe), JSON data; of a pair that fails it holds `error` beside what names it.
 
-    folder: where two files at a time find room, best in memory; nothing stays there.
+    The largest file comes first. folder: where that finds room, best in memory; nothing stays there. decodes: time
+    decoding, too, for which each pair compiles kernels of its own.
     """
     versions = {"torch": torch.__version__, "triton": triton.__version__, "gemma4": __version__}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -56,35 +59,27 @@ def measure_pairs(
         # PyTorch keeps what it has pinned: no load waits for that.
         _ = [torch.empty(SLICE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(GPU_WORKERS)]
         del _
-    with TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(1) as writer:
-        # Turn and turn about: a file in a tmpfs is written over at several times the speed of a new one.
-        slots = [Path(scratch) / "even.gguf", Path(scratch) / "odd.gguf"]
-
-        def write_pair(index: int) -> Path:
-            size, recipe = pairs[index]
-            return write(slots[index % 2], quantize(sizes[size](), recipe))
-
-        written: dict[int, Future[Path]] = {}
-
-        def write_ahead(index: int) -> None:
-            if index < len(pairs) and index not in written:
-                written[index] = writer.submit(write_pair, index)
-
-        for index, (size, recipe) in enumerate(pairs):
+    models = {(size, recipe): quantize(sizes[size](), recipe) for size, recipe in pairs}
+    with TemporaryDirectory(dir=folder) as scratch:
+        room = max(map(_nbytes, models.values()))
+        body = write_random_bytes(Path(scratch) / "model.gguf", room + room // 100 + HEADER_BYTES)
+        for (size, recipe), model in sorted(models.items(), key=lambda item: -_nbytes(item[1])):
             result: dict[str, Any] = {"size": size, "recipe": recipe, "device": name, **versions}
             try:
-                write_ahead(index)
-                path = written.pop(index).result()
                 small = write(Path(scratch) / "small.gguf", quantize(SHRUNKEN[size](), recipe))
                 Gemma4.from_gguf(small, device=device)
-                result |= measure(path, device, partial(write_ahead, index + 1))
+                result |= measure(write_header(body, model), device, decodes=decodes)
             except (OSError, RuntimeError, ValueError, TritonError) as error:
                 result["error"] = f"{type(error).__name__}: {error}"
             yield result
 
 
-def measure(path: Path, device: torch.device, loaded: Callable[[], None]) -> dict[str, Any]:
-    """What loading and running the file takes. loaded: called in between.
+def _nbytes(model: Model) -> int:
+    return sum(tensor.nbytes for tensor in model.tensors.values())
+
+
+def measure(path: Path, device: torch.device, *, decodes: bool) -> dict[str, Any]:
+    """What loading and running the file takes.
 
     GPU memory is None on a CPU. gpu_peak_bytes: of the whole process, what earlier files left behind included; how much
     that was is gpu_before_bytes.
@@ -99,9 +94,8 @@ def measure(path: Path, device: torch.device, loaded: Callable[[], None]) -> dic
     model = Gemma4.from_gguf(path, device=device, max_seq_len=MAX_SEQ_LEN)
     synchronize(device)
     load_s = time.perf_counter() - begin
-    loaded()
     plan = MemoryModel(model.config, model.plan, model.kv_cache, model.model.dtype.itemsize).at(model.max_seq_len)
-    decode_s, peak = run(model, plan.chunk)
+    decode_s, peak = run(model, plan.chunk, decodes=decodes)
     return {
         "file_bytes": path.stat().st_size,
         "context": plan.context,
@@ -116,7 +110,7 @@ def measure(path: Path, device: torch.device, loaded: Callable[[], None]) -> dic
 
 
 @torch.inference_mode()
-def run(model: Gemma4, tokens: int) -> tuple[float, int | None]:
+def run(model: Gemma4, tokens: int, *, decodes: bool) -> tuple[float | None, int | None]:
     """Prefills one chunk of random ids, then decodes.
 
     Returns seconds per decoded token, the median of some rounds, and the most bytes of the GPU that were in use.
@@ -124,9 +118,13 @@ def run(model: Gemma4, tokens: int) -> tuple[float, int | None]:
     device, text = model.device, model.model
     cache = KVCache(model.config, model.max_seq_len, text.dtype, device, model.kv_cache)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    loop = DecodeLoop(text, cache, SamplingParams(temperature=0))
     reserve_workspace(text, cache, tokens)
-    loop.start(prefill(text, cache, ids), tokens, seed=0)
+    logits = prefill(text, cache, ids)
+    if not decodes:
+        synchronize(device)
+        return None, peak_bytes(device)
+    loop = DecodeLoop(text, cache, SamplingParams(temperature=0))
+    loop.start(logits, tokens, seed=0)
     loop.advance()  # compiles and captures
 
     def seconds(steps: int) -> float:

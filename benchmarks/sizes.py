@@ -1,11 +1,12 @@
 """Writes docs/sizes.md: bits per weight, bytes and GPU memory of every size and recipe, and measures them.
 
 usage: python -m benchmarks.sizes [--measured FILE ...] > docs/sizes.md
-       python -m benchmarks.sizes --measure --folder /dev/shm [--sizes E2B,12B] [--recipes Q4_K_M] > measured.json
+       python -m benchmarks.sizes --measure --folder /dev/shm [--sizes E2B,12B] [--recipes Q4_K_M] [--no-decode]
+              > measured.json
 
-Planned figures come from headers alone. `--measure` writes files of random weights to the folder, two at a time (58 GB
-at most), loads and runs each, on the GPU if there is one, and prints one line of JSON as soon as it is measured.
-`--measured` takes such files; of a pair that is in several, the last counts.
+Planned figures come from headers alone. `--measure` writes a file of random weights to the folder (33 GB at most),
+loads and runs it as each of the pairs, on the GPU if there is one, and prints one line of JSON as soon as one is
+measured. `--measured` takes such files; of a pair that is in several, the last counts, figure by figure.
 """
 
 from __future__ import annotations
@@ -75,8 +76,12 @@ def row(size: str, recipe: str, measured: Measured) -> str:
 
 def read_measured(paths: Iterable[Path]) -> dict[Pair, dict[str, Any]]:
     """What `--measure` printed, by pair; those that failed stay out."""
-    results = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    return {(result["size"], result["recipe"]): result for result in results if "error" not in result}
+    measured: dict[Pair, dict[str, Any]] = {}
+    for result in (json.loads(line) for path in paths for line in path.read_text().splitlines()):
+        if "error" not in result:
+            known = {key: value for key, value in result.items() if value is not None}
+            measured.setdefault((result["size"], result["recipe"]), {}).update(known)
+    return measured
 
 
 def describe(measured: Measured) -> str:
@@ -93,15 +98,18 @@ def table(measured: Measured) -> None:
             print(row(size, recipe, measured))
 
 
-def measure(pairs: list[Pair], folder: Path, commit: str) -> None:
+def measure(pairs: list[Pair], folder: Path, commit: str, *, decodes: bool = True) -> None:
     import torch
 
     from benchmarks.size_runs import measure_pairs
 
     begin = time.perf_counter()
-    for result in measure_pairs(pairs, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for result in measure_pairs(pairs, folder, device, decodes=decodes):
         print(json.dumps({**result, "commit": commit}), flush=True)
-        outcome = result.get("error") or f"loaded in {result['load_s']:.2f} s, {1 / result['decode_s']:.1f} tokens/s"
+        outcome = result.get("error") or f"loaded in {result['load_s']:.2f} s"
+        if result.get("decode_s"):
+            outcome += f", {1 / result['decode_s']:.1f} tokens/s"
         elapsed = time.perf_counter() - begin
         print(f"{elapsed:6.1f} s  {result['size']} {result['recipe']}: {outcome}", file=sys.stderr, flush=True)
 
@@ -113,6 +121,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where --measure may write files, best in memory")
     parser.add_argument("--sizes", default=",".join(FULL_SIZE))
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--no-decode", action="store_true", help="do not time decoding, which compiles many kernels")
     parser.add_argument("--commit", default="unknown", help="what the measured code is, for the head of the table")
     args = parser.parse_args()
     if not args.measure:
@@ -123,7 +132,9 @@ def main() -> None:
     sizes, recipes = args.sizes.split(","), args.recipes.split(",")
     if unknown := [*({*sizes} - {*FULL_SIZE}), *({*recipes} - {*RECIPES})]:
         parser.error(f"found {', '.join(unknown)}, expected {', '.join((*FULL_SIZE, *RECIPES))}")
-    measure([(size, recipe) for size in sizes for recipe in recipes], args.folder, args.commit)
+    measure(
+        [(size, recipe) for size in sizes for recipe in recipes], args.folder, args.commit, decodes=not args.no_decode
+    )
 
 
 if __name__ == "__main__":

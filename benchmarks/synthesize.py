@@ -13,6 +13,9 @@ import argparse
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,21 +46,53 @@ def tiny(layers: int) -> Model:
 
 def write(path: Path, model: Model) -> Path:
     """Writes the whole file and returns its path."""
+    with _header_of(model) as (header, head), _opened(path) as fd:
+        os.ftruncate(fd, header.file_bytes)
+        _write(fd, 0, [memoryview(head)])
+        for name, info in header.tensors.items():
+            vector = info.type is GGMLType.F32
+            blocks = model.encoded(name).data.cast("B") if vector else random_blocks(info.type)
+            _fill(fd, info.offset, info.nbytes, blocks)
+    return path
+
+
+def write_header(path: Path, model: Model) -> Path:
+    """Makes a file of at least the model's size the model's: its end is cut off, all weights are what is there."""
+    with _header_of(model) as (header, head), _opened(path) as fd:
+        if os.fstat(fd).st_size < header.file_bytes:
+            raise ValueError(f"{path}: found {os.fstat(fd).st_size} bytes, expected {header.file_bytes} or more")
+        os.ftruncate(fd, header.file_bytes)
+        _write(fd, 0, [memoryview(head)])
+    return path
+
+
+def write_random_bytes(path: Path, nbytes: int) -> Path:
+    """A file of bytes 0 to 63, which are finite weights in every type: no exponent comes near its end."""
+    piece = memoryview(np.random.default_rng(0).integers(0, 64, PIECE_BYTES, dtype=np.uint8).data)
+    with _opened(path) as fd, ThreadPoolExecutor(8) as pool:
+        os.ftruncate(fd, nbytes)
+        starts = range(0, nbytes, PIECE_BYTES)
+        list(pool.map(lambda start: _write(fd, start, [piece[: nbytes - start]]), starts))
+    return path
+
+
+@contextmanager
+def _header_of(model: Model) -> Iterator[tuple[GGUFFile, bytes]]:
+    """The model's header, read, and its bytes up to the weights."""
     with TemporaryDirectory() as folder, GGUFFile.open(model.write_sparse(Path(folder) / "header.gguf")) as header:
         begin = min(info.offset for info in header.tensors.values())
         with header.path.open("rb") as file:
             head = file.read(begin)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            os.ftruncate(fd, header.file_bytes)
-            _write(fd, 0, [memoryview(head)])
-            for name, info in header.tensors.items():
-                vector = info.type is GGMLType.F32
-                blocks = model.encoded(name).data.cast("B") if vector else random_blocks(info.type)
-                _fill(fd, info.offset, info.nbytes, blocks)
-        finally:
-            os.close(fd)
-    return path
+        yield header, head
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
     from benchmarks.size_runs import measure_pairs
     from benchmarks.sizes import TABLE, describe, measure, read_measured, row
-    from benchmarks.synthesize import write
+    from benchmarks.synthesize import write, write_header, write_random_bytes
 
 
 @pytest.mark.parametrize(("size", "recipe"), [("26B-A4B", "MXFP4_MOE"), ("E2B", "Q4_K_S")])
@@ -48,6 +48,19 @@ def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         write(tmp_path / "model.gguf", quantize(SHRUNKEN["12B"](), "Q8_0"))
 
 
+def test_a_header_over_random_bytes(tmp_path: Path) -> None:
+    """What is random is finite in every type, and no more is left than the model has."""
+    body = write_random_bytes(tmp_path / "model.gguf", 40_000_000)
+    for recipe in ("Q8_0", "IQ4_XS"):
+        model = quantize(SHRUNKEN["E2B"](), recipe)
+        write_header(body, model)
+        assert body.stat().st_size == model.write_sparse(tmp_path / "sparse.gguf").stat().st_size
+        for tensor in gguf.GGUFReader(body).tensors:
+            assert np.isfinite(gguf.dequantize(tensor.data, tensor.tensor_type)).all()
+    with pytest.raises(ValueError, match=r"model\.gguf: found .* bytes, expected .* or more"):
+        write_header(body, quantize(SHRUNKEN["E2B"](), "Q8_0"))
+
+
 def damaged() -> Model:
     model = SHRUNKEN["12B"]()
     model.metadata["gemma4.rope.freq_base"] = 0.0
@@ -60,8 +73,10 @@ def test_measuring_goes_on_after_a_failure(tmp_path: Path) -> None:
     scratch.mkdir()
     results = list(measure_pairs(pairs, scratch, torch.device("cpu"), {**SHRUNKEN, "12B": damaged}))
     assert not list(scratch.iterdir())
-    assert [(result["size"], result["recipe"]) for result in results] == pairs
-    assert "gemma4.rope.freq_base: found 0.0" in results[1]["error"]
+    assert {(result["size"], result["recipe"]) for result in results} == {*pairs}
+    assert [result.get("file_bytes") for result in results] == sorted(
+        [result.get("file_bytes") for result in results], key=lambda n: -(n or 0)
+    )
     lines = tmp_path / "measured.json"
     lines.write_text("".join(json.dumps({**result, "commit": "abc"}) + "\n" for result in results))
     measured = read_measured([lines])
@@ -79,7 +94,7 @@ def test_results_are_lines_of_json(
     pairs = [("E2B", "Q8_0"), ("31B", "Q6_K")]
     figures = [{"load_s": 2.0, "decode_s": 0.01}, {"error": "OutOfMemoryError: no"}]
 
-    def measured(pairs: list[tuple[str, str]], *_: object) -> Iterator[dict[str, object]]:
+    def measured(pairs: list[tuple[str, str]], *_: object, **__: object) -> Iterator[dict[str, object]]:
         for (size, recipe), found in zip(pairs, figures, strict=True):
             yield {"size": size, "recipe": recipe, **found}
 
