@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -43,7 +43,6 @@ from gemma4.export.report import ExportError, ExportReport
 from gemma4.kernels.dependent_launch import dependent_kernels
 from gemma4.mapping import plan_load
 from gemma4.quant.atomic_directory import atomic_directory
-from gemma4.quant.atomic_write import FileUnwritableError
 from gemma4.quant.errors import ContextError, UnsupportedFeatureError
 from gemma4.quant.gguf_file import GGUFFile
 
@@ -162,14 +161,6 @@ def _split(method: Method) -> tuple[dict[str, StateTensor], dict[str, Tensor]]:
             constants[name] = buffer
     constants |= {name: p for name, p in method.named_parameters() if not is_without_storage(p)}
     return state, constants
-
-
-def _write(package: Path, files: Mapping[str, list[str]]) -> None:
-    try:
-        write_package(package, files)
-    except RuntimeError as error:  # torch's writer says this of a full disk, too
-        reason = str(error).strip().splitlines()[0]
-        raise FileUnwritableError(f"cannot be written, is the disk full? {reason}", path=package) from error
 
 
 def _try(folder: Path, gguf: Path) -> None:

@@ -23,6 +23,7 @@ Names are checked against the torch that is installed, and versions other than t
 from __future__ import annotations
 
 import importlib
+import io
 import mmap
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -341,9 +342,11 @@ def tracing_operators() -> Iterator[None]:
 
 
 def write_package(path: Path, methods: Mapping[str, list[Any]]) -> None:
-    """One `.pt2` file that holds every method."""
+    """One `.pt2` file that holds every method. Raises OSError."""
     package = importlib.import_module("torch._inductor.package")
-    package.package_aoti(str(path), dict(methods))
+    content = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    package.package_aoti(content, dict(methods))
+    path.write_bytes(content.getbuffer())
 
 
 class CompiledMethod:
