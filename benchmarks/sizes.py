@@ -42,9 +42,9 @@ plans for a file at hand, by purpose.
   the caches for all positions, the widest pass, what PyTorch's allocator rounds up, and an allowance of
   {(CONTEXT_BYTES + RUNTIME_BYTES) / GIB:.2f} GiB for CUDA. The last columns are at full context, by `kv_cache`.
 - load s, measured, tok/s: seconds from a file in memory to a model that is ready; the most the process took of the GPU
-  with the caches for {SHORT:,} positions, a prefill of one chunk and decoding; tokens decoded per second after that
-  chunk. All pairs ran in one process on random weights, and what is compiled for one stays: that counts as
-  measured, too. "-": not measured.
+  with the caches for {SHORT:,} positions and a prefill of one chunk, and with decoding where that was timed; tokens
+  decoded per second after that chunk. All pairs ran in one process on random weights, and what is compiled for one
+  stays: that counts as measured, too. "-": not measured.
 """
 TABLE = f"""
 | size | recipe | bits per weight | GB | load s | GiB at {SHORT:,} | measured | tok/s | full context | \

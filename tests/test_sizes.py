@@ -124,7 +124,7 @@ def test_rows_with_and_without_measured_figures(tmp_path: Path) -> None:
     )
     changed = {key: (planned[key], found[key]) for key in columns if planned[key] != found[key]}
     assert changed == {"load s": ("-", "1.23"), "measured": ("-", "4.6"), "tok/s": ("-", "80")}
-    assert (found["GB"], found["GiB at 8,192"], found["full context"]) == ("3.35", "3.9", "131,072")
+    assert (found["GB"], found["GiB at 8,192"], found["full context"]) == ("3.35", "4.2", "131,072")
     assert describe(measured) == "- Measured on one a GPU, torch 2, Triton 3, commit abc.\n"
     assert describe({}) == ""
 
