@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+import torch
 from torch.export import ExportedProgram
 
 from gemma4.export.executorch_method import ConstantMethods
@@ -44,7 +45,7 @@ def lower_cuda(
         return CudaPartitioner([CudaBackend.generate_method_name_compile_spec(name), CompileSpec(*_LOW_MEMORY)])
 
     # Kernels become visible before ExecuTorch makes mutation explicit: it cannot call an operator that mutates.
-    with patched_compiler(), blobs_from(tensors):
+    with patched_compiler(torch.device("cuda")), blobs_from(tensors):
         with tracing_operators():
             launches = {
                 name: program.run_decompositions({}, decompose_custom_triton_ops=True)

@@ -1,7 +1,7 @@
 """Compiling a model whose weights and caches take no memory, and opening what was compiled.
 
 The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
-dtype and device, so a tensor may stand there with its storage freed. Seven places take this amiss, and four more
+dtype and device, so a tensor may stand there with its storage freed. Eight places take this amiss, and four more
 do not suit us:
 
     clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
@@ -114,15 +114,18 @@ def untouched_zeros(like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
+_HOST: Final = torch.device("cpu")
+
+
 @contextmanager
-def low_memory(module: nn.Module) -> Iterator[None]:
+def low_memory(module: nn.Module, device: torch.device = _HOST) -> Iterator[None]:
     """While the block runs, buffers of `module` that are all zero take no memory, and freed tensors can be compiled.
 
     Buffers that hold anything else stay as they are. Freed buffers are zeros again afterwards, also after an exception;
     tensors that came without storage leave without. Raises UnsupportedFeatureError, see `check_torch`.
     """
     freed: dict[Tensor, int] = {}
-    with patched_compiler(), ExitStack() as stack:
+    with patched_compiler(device), ExitStack() as stack:
         stack.callback(_restore, freed)
         for buffer in module.buffers():
             storage = buffer.untyped_storage()
@@ -134,12 +137,14 @@ def low_memory(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def patched_compiler() -> Iterator[None]:
-    """While the block runs, the compiler does as said above. Raises UnsupportedFeatureError, see `check_torch`."""
+def patched_compiler(device: torch.device = _HOST) -> Iterator[None]:
+    """While the block runs, the compiler does as said above, for `device`.
+
+    Raises UnsupportedFeatureError, see `check_torch`.
+    """
     check_torch()
     with ExitStack() as stack:
-        # Else the values of short weights, which nobody has read, would become part of the code.
-        stack.enter_context(importlib.import_module("torch._inductor.config").patch(always_keep_tensor_constants=True))
+        stack.enter_context(importlib.import_module("torch._inductor.config").patch(_settings(device)))
         for (module_name, path), replacement in zip(PATCHED_NAMES, _REPLACEMENTS, strict=True):
             owner_path, _, name = path.rpartition(".")
             owner = importlib.import_module(module_name)
@@ -151,6 +156,21 @@ def patched_compiler() -> Iterator[None]:
                 stack.callback(delattr, owner, name)
             setattr(owner, name, replacement(original))
         yield
+
+
+def _settings(device: torch.device) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        # Else the values of short weights, which nobody has read, would become part of the code.
+        "always_keep_tensor_constants": True,
+        # Its order makes what all layers' kernels will write at the very beginning; ours makes it where it is written.
+        "reorder_for_peak_memory": False,
+        # The code between kernels: optimizing it takes minutes and saves microseconds.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+    }
+    if device.type == "cuda":
+        # Trying out which vector instructions the host has takes a minute; nothing here computes on the host.
+        settings["cpp.vec_isa_ok"] = False
+    return settings
 
 
 def _restore(freed: Mapping[Tensor, int]) -> None:
@@ -310,20 +330,10 @@ _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
 )
 
 
-def compile_method(program: ExportedProgram, device: torch.device) -> list[Any]:
-    """Compiles a method for `device`, its weights left out. Returns the files for `write_package`."""
+def compile_method(program: ExportedProgram) -> list[Any]:
+    """Compiles a method, its weights left out, where `low_memory` holds. Returns the files for `write_package`."""
     inductor = importlib.import_module("torch._inductor")
-    options: dict[str, Any] = {
-        "aot_inductor.package": True,
-        "aot_inductor.package_constants_in_so": False,
-        # Its order makes what all layers' kernels will write at the very beginning; ours makes it where it is written.
-        "reorder_for_peak_memory": False,
-        # The code between kernels: optimizing it takes minutes and saves microseconds.
-        "aot_inductor.compile_wrapper_opt_level": "O0",
-    }
-    if device.type == "cuda":
-        # Trying out which vector instructions the host has takes a minute; nothing here computes on the host.
-        options["cpp.vec_isa_ok"] = False
+    options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
     args, kwargs = program.example_inputs or ((), {})
     with tracing_operators():
         files: list[Any] = inductor.aot_compile(program.module(), args, kwargs, options=options)

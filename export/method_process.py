@@ -72,11 +72,11 @@ def compile_here(request: MethodRequest, on_phase: Callable[[str], None]) -> Com
         method = hollow_methods(file, config, plan, request.max_seq_len, request.kv_cache, dtype, device)[
             request.method
         ]
-        with low_memory(method), recorded_as_dependent():
+        with low_memory(method, device), recorded_as_dependent():
             with peaks.phase(f"trace {request.method}"):
                 program = method.export()
             with peaks.phase(f"compile {request.method}"):
-                files = compile_method(program, device)
+                files = compile_method(program)
     return CompiledFiles(
         files=files, seconds=peaks.seconds, peak_host_bytes=peaks.host_bytes, peak_device_bytes=peaks.device_bytes
     )

@@ -223,3 +223,20 @@ def test_a_freed_number_is_not_known_to_the_compiler() -> None:
         folder.run()
     assert products[0] not in folder.node_replacements
     assert folder.node_replacements[products[1]] == 6.0
+
+
+def test_settings_hold_while_the_block_runs() -> None:
+    """Also for who else compiles in it, as ExecuTorch does with options of its own."""
+    from torch._inductor import config
+
+    def found() -> tuple[object, ...]:
+        opt_level = config.aot_inductor.compile_wrapper_opt_level
+        return config.always_keep_tensor_constants, config.reorder_for_peak_memory, opt_level, config.cpp.vec_isa_ok
+
+    before = found()
+    with low_memory.patched_compiler(torch.device("cuda")):
+        assert found() == (True, False, "O0", False)
+    assert found() == before != (True, False, "O0", False)
+    with low_memory.patched_compiler():
+        assert found()[:3] == (True, False, "O0")
+        assert config.cpp.vec_isa_ok == before[3]
