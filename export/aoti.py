@@ -46,8 +46,6 @@ from gemma4.quant.atomic_directory import atomic_directory
 from gemma4.quant.errors import ContextError, UnsupportedFeatureError
 from gemma4.quant.gguf_file import GGUFFile
 
-__all__ = ["ExportError", "ExportReport", "export_aoti"]
-
 logger = logging.getLogger(__name__)
 
 _CHECK_TIMEOUT_S: Final = 600
@@ -85,6 +83,7 @@ def export_aoti(
         for fusion in plan.fusions:
             logger.info("%s", fusion)
         kind, host = CacheKind(kv_cache), torch.device("cpu")
+        dtype_name = str(dtype).removeprefix("torch.")
         methods = hollow_methods(file, config, plan, max_seq_len, kind, dtype, host)
         with atomic_directory(out) as folder:
             requests = [
@@ -93,7 +92,7 @@ def export_aoti(
                     method=name,
                     max_seq_len=max_seq_len,
                     kv_cache=kind,
-                    dtype=str(dtype).removeprefix("torch."),
+                    dtype=dtype_name,
                     device=str(device),
                 )
                 for name in methods
@@ -115,10 +114,10 @@ def export_aoti(
                 triton=triton_version(),
                 machine=platform.machine(),
                 target=target_of(device),
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=dtype_name,
                 max_seq_len=max_seq_len,
                 chunk_size=methods[MethodName.PREFILL].max_tokens,
-                kv_cache=str(CacheKind(kv_cache)),
+                kv_cache=str(kind),
                 has_fusion=True,
                 methods=tuple(map(str, methods)),
                 dependent_kernels=dependent_kernels() if device.type == "cuda" else (),

@@ -14,7 +14,7 @@ import typer
 from gemma4.config import CacheKind
 
 if TYPE_CHECKING:
-    from gemma4.export.aoti import ExportReport
+    from gemma4.export.report import ExportReport
 
 
 class Format(StrEnum):

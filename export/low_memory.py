@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,9 +203,14 @@ def _get_original_value(original: Callable[[Any, str], Tensor]) -> Callable[[Any
     return get_original_value
 
 
+def _is_freed(x: object) -> bool:
+    """Whether x is a tensor whose storage is freed, and not a stand-in for one."""
+    return type(x) in (Tensor, nn.Parameter) and is_without_storage(cast("Tensor", x))
+
+
 def _deepcopy(original: Callable[[Any, dict[int, Any]], Any]) -> Callable[[Any, dict[int, Any]], Any]:
     def deepcopy(x: Any, memo: dict[int, Any]) -> Any:
-        if type(x) in (Tensor, nn.Parameter) and is_without_storage(x):
+        if _is_freed(x):
             memo[id(x)] = x
             return x
         return original(x, memo)
@@ -216,8 +221,7 @@ def _deepcopy(original: Callable[[Any, dict[int, Any]], Any]) -> Callable[[Any, 
 def _dispatch(original: Callable[..., Any]) -> Callable[..., Any]:
     def dispatch(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         def fake(x: Tensor) -> Tensor:
-            is_freed = type(x) in (Tensor, nn.Parameter) and is_without_storage(x)
-            return mode.fake_tensor_converter.from_real_tensor(mode, x) if is_freed else x
+            return mode.fake_tensor_converter.from_real_tensor(mode, x) if _is_freed(x) else x
 
         return original(mode, func, types, *tree_map_only(Tensor, fake, (args, kwargs)))
 
@@ -227,8 +231,7 @@ def _dispatch(original: Callable[..., Any]) -> Callable[..., Any]:
 def _get_attr(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_attr(interpreter: Any, *args: Any) -> Any:
         value = original(interpreter, *args)
-        is_freed = isinstance(value, Tensor) and is_without_storage(value)
-        return interpreter._mode.from_tensor(value) if is_freed else value
+        return interpreter._mode.from_tensor(value) if _is_freed(value) else value
 
     return get_attr
 
@@ -236,8 +239,7 @@ def _get_attr(original: Callable[..., Any]) -> Callable[..., Any]:
 def _deduce_value(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def deduce_value(folder: Any, node: Any) -> Any:
         value = original(folder, node)
-        is_freed = isinstance(value, Tensor) and is_without_storage(value)
-        return folder.unknown_value if is_freed else value
+        return folder.unknown_value if _is_freed(value) else value
 
     return deduce_value
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -93,9 +93,8 @@ def compile_methods(requests: Sequence[MethodRequest], on_phase: Callable[[str],
             pool.submit(_answer_of, process, errors, request.gguf, on_phase)
             for request, (process, errors) in zip(requests, processes, strict=True)
         ]
-        done, _ = wait(answers, return_when=FIRST_EXCEPTION)
-        for answer in done:
-            answer.result()  # raises what failed
+        for answer in as_completed(answers):
+            answer.result()  # raises what failed first
         return [answer.result() for answer in answers]
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from gemma4 import Gemma4
 from gemma4.cache import KVCache
 from gemma4.export import executorch as exporter
-from gemma4.export.aoti import ExportError
 from gemma4.export.executorch import PROGRAM, export_executorch
 from gemma4.export.executorch_files import DataFile, ProgramFile
 from gemma4.export.executorch_method import runner_methods
+from gemma4.export.report import ExportError
 from gemma4.export.verify_pte import verify_pte
 from gemma4.generate import prefill
 from gemma4.quant.errors import MalformedError, MissingTensorError, UnexpectedTensorError, UnsupportedFeatureError

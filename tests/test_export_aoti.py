@@ -15,12 +15,14 @@ import torch
 
 from gemma4 import Gemma4
 from gemma4.export import aoti
-from gemma4.export.aoti import ExportError, ExportReport, export_aoti
+from gemma4.export.aoti import export_aoti
 from gemma4.export.manifest import MANIFEST, PACKAGE, ArtifactMismatchError
 from gemma4.export.method_process import CompiledFiles
+from gemma4.export.report import ExportError, ExportReport
 from gemma4.export.runtime import ExportedGemma4
 from gemma4.quant.atomic_write import FileUnwritableError
 from gemma4.quant.errors import ContextError, FileMissingError, MalformedError, UnsupportedFeatureError
+from tests.stand_in_python import stand_in_python
 from tests.tiny_gguf import gemma4
 
 LENGTH = 64
@@ -192,15 +194,7 @@ def test_what_does_not_run_is_not_kept(gguf: Path, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("compiled")
 def test_a_crash_of_what_was_made_is_explained(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = script(tmp_path, "kill -SEGV $$")
-    monkeypatch.setattr(sys, "executable", str(python))
+    python = stand_in_python(monkeypatch, tmp_path, "kill -SEGV $$")
     with pytest.raises(ExportError, match=r"ended by signal 11; a C\+\+ compiler that links libstdc\+\+ statically"):
         export_aoti(gguf, tmp_path / "out", max_seq_len=LENGTH, target="cpu")
     assert list(tmp_path.iterdir()) == [python]
-
-
-def script(folder: Path, text: str) -> Path:
-    path = folder / "python"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path

@@ -12,7 +12,7 @@ import pytest
 import gemma4.export
 from gemma4.cli import main
 from gemma4.export import aoti
-from gemma4.export.aoti import ExportError, ExportReport
+from gemma4.export.report import ExportError, ExportReport
 from gemma4.quant.errors import FileMissingError
 
 FUSION = "fused gate+up on 60 of 60 MLP layers (0 left)"

@@ -17,6 +17,7 @@ from gemma4.export import method_process
 from gemma4.export.method_process import Answer, CompiledFiles, MethodRequest, answer_request, compile_methods
 from gemma4.export.methods import MethodName
 from gemma4.export.report import ExportError
+from tests.stand_in_python import stand_in_python
 from tests.tiny_gguf import gemma4
 
 ROOT = Path(__file__).parent.parent
@@ -26,14 +27,6 @@ def request(gguf: Path, method: MethodName = MethodName.DECODE) -> MethodRequest
     return MethodRequest(
         gguf=gguf, method=method, max_seq_len=64, kv_cache=CacheKind.LOSSLESS, dtype="float32", device="cpu"
     )
-
-
-def answering(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
-    """In place of Python a shell script answers."""
-    path = folder / "python"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(path))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +63,9 @@ def test_a_failure_ends_both_processes(
     script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of two fails, the other would go on for a minute."""
-    answering(monkeypatch, tmp_path, f"read request; case $request in *decode*) {script};; *) exec sleep 60;; esac")
+    stand_in_python(
+        monkeypatch, tmp_path, f"read request; case $request in *decode*) {script};; *) exec sleep 60;; esac"
+    )
     begin = time.monotonic()
     with pytest.raises(ExportError, match=message):
         compile_methods([request(tmp_path / "model.gguf", name) for name in MethodName], lambda _: None)
@@ -80,7 +75,9 @@ def test_a_failure_ends_both_processes(
 def test_answers_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CompiledFiles(files=["a.so"], seconds={"trace": 1.5}, peak_host_bytes=7, peak_device_bytes=None)
     line = Answer(result=result).model_dump_json(exclude_unset=True)
-    answering(monkeypatch, tmp_path, f"""read request; echo '{{"phase": "trace"}}'; echo '{line}'; exec sleep 60""")
+    stand_in_python(
+        monkeypatch, tmp_path, f"""read request; echo '{{"phase": "trace"}}'; echo '{line}'; exec sleep 60"""
+    )
     phases: list[str] = []
     assert compile_methods([request(tmp_path)] * 2, phases.append) == [result, result]
     assert phases == ["trace", "trace"]
