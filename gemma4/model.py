@@ -73,6 +73,7 @@ class Stream:
 
     def add(self, y: Tensor, make: RowMaker, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm) -> None:
         """Adds the branch y [T, H], through `post_norm`; x is then for the branch that begins with `norm`."""
+        self.x = ()
         self.h, self.x = make.residual_normed(self.h, y, post_norm, scale, norm)
 
 

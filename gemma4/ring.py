@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+_SLACK: Final = 64
 _LEAST_SLACK: Final = 8  # a pass of a few tokens writes them before they attend
 
 
@@ -17,8 +18,8 @@ def chunk_size(window: int, max_seq_len: int) -> int:
 
 
 def ring_length(window: int, max_seq_len: int) -> int:
-    """Positions that a layer keeps which sees `window` tokens: by an eighth more, so that one can go back a little.
+    """Positions that a layer keeps which sees `window` tokens: some more, so that one can go back a little.
 
     For windows of 512 and 1024 it is a multiple of every tile of keys.
     """
-    return min(window + max(_LEAST_SLACK, window // 8), max_seq_len)
+    return min(window + min(_SLACK, max(_LEAST_SLACK, window // 8)), max_seq_len)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from gemma4.kernels.activations import quantize_activations
 from gemma4.kernels.decode_attention import decode_attention, decode_attention_quantize
-from gemma4.kernels.fused_norm import residual_norm, residual_norm_quantize, rms_norm, rms_norm_quantize
+from gemma4.kernels.fused_norm import (
+    SHARED_ROWS,
+    residual_norm,
+    residual_norm_,
+    residual_norm_quantize,
+    rms_norm,
+    rms_norm_quantize,
+)
 from gemma4.kernels.gelu_mul import gelu_mul, gelu_mul_quantize
 from gemma4.kernels.split_merge import head_rows
 from gemma4.kernels.tied_decode_attention import tied_decode_attention, tied_decode_attention_quantize
@@ -55,7 +62,7 @@ class RowMaker(Protocol):
     def residual_normed(
         self, h: Tensor, y: Tensor, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm
     ) -> tuple[Tensor, Rows]:
-        """h' = (h + post_norm(y)) * scale, and norm(h')."""
+        """h' = (h + post_norm(y)) * scale, and norm(h'). h is not to be used again: h' may be in its place."""
 
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
         """gelu_tanh(gate) * up."""
@@ -86,8 +93,12 @@ class DenseRows:
     def residual_normed(
         self, h: Tensor, y: Tensor, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm
     ) -> tuple[Tensor, Rows]:
-        h, x = residual_norm(h, y, post_norm.weight, scale, norm.weight, norm.eps, self.dtype)
-        return h, (x,)
+        arguments = h, y, post_norm.weight, scale, norm.weight, norm.eps, self.dtype
+        # A compiler chooses places by itself; few rows are faster where programs share them.
+        if torch.compiler.is_compiling() or h.shape[0] <= SHARED_ROWS:
+            h, x = residual_norm(*arguments)
+            return h, (x,)
+        return h, (residual_norm_(*arguments),)
 
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
         return (gelu_mul(gate, up),)

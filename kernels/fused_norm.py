@@ -28,7 +28,14 @@ from gemma4.kernels.activations import (
 )
 from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
-__all__ = ["residual_norm", "residual_norm_quantize", "rms_norm", "rms_norm_quantize", "rms_norm_reference"]
+__all__ = [
+    "residual_norm",
+    "residual_norm_",
+    "residual_norm_quantize",
+    "rms_norm",
+    "rms_norm_quantize",
+    "rms_norm_reference",
+]
 
 SHARED_ROWS = 8
 """Up to this many rows are each shared by several programs."""
@@ -81,6 +88,7 @@ def fused_norm_kernel(
     PLANES: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # h_out is h
     PDL: tl.constexpr,
 ):
     UNITS: tl.constexpr = (K + 63) // 64
@@ -107,6 +115,8 @@ def fused_norm_kernel(
     h = _close_branch(h_ptr, y_ptr, post_weight, y_scale, scale, offs, K, HAS_BRANCH)
     h_scale = tl.rsqrt(tl.sum(h * h, axis=0) / K + eps)
     piece = _close_branch(h_ptr, y_ptr, post_weight_piece, y_scale, scale, at, K, HAS_BRANCH)
+    if IN_PLACE:
+        tl.debug_barrier()  # where a row is shorter than the program, several threads read an element
     if HAS_BRANCH:
         tl.store(h_out_ptr + row * K + at, piece, mask=inside)
     x = piece * h_scale * weight
@@ -144,15 +154,18 @@ def launch_fused_norm(
     weight: Tensor,
     eps: float,
     out: tuple[Tensor, ...],
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Run the kernel; on CPU tensors only where Triton interprets. Fills `out`: dense rows, or activations.
 
-    Returns h', or h itself where there is no branch y.
+    in_place: write h' over h; then no row is shared. Returns h', or h itself where there is no branch y.
     """
     m, k = h.shape
-    h_out = h if y is None else torch.empty_like(h, dtype=torch.float32)
+    h_out = h if y is None or in_place else torch.empty_like(h, dtype=torch.float32)
     padded_groups = triton.cdiv(k, UNIT) * (UNIT // GROUP)
-    groups = min(SHARED_GROUPS, padded_groups) if m <= SHARED_ROWS else padded_groups
+    is_shared = m <= SHARED_ROWS and not in_place
+    groups = min(SHARED_GROUPS, padded_groups) if is_shared else padded_groups
     wrap_triton(fused_norm_kernel)[(m, triton.cdiv(padded_groups, groups))](
         h_ptr=h,
         y_ptr=h if y is None else y,
@@ -171,6 +184,7 @@ def launch_fused_norm(
         PLANES=out[0].shape[0] if len(out) > 1 else 0,
         HAS_BRANCH=y is not None,
         HAS_SCALE=scale is not None,
+        IN_PLACE=in_place,
         num_warps=16 if k > 1024 else 4,
         **dependent_launch_options(h.device),
     )
@@ -231,6 +245,27 @@ def _(
     h: Tensor, y: Tensor, post_weight: Tensor, scale: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h, dtype=torch.float32), torch.empty_like(h, dtype=dtype)
+
+
+@triton_op("gemma4::residual_norm_", mutates_args={"h"})
+def residual_norm_(
+    h: Tensor, y: Tensor, post_weight: Tensor, scale: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """As `residual_norm`, with h' in the place of h. Returns the normalised rows."""
+    _check("residual_norm_", h, y, (post_weight, weight))
+    if h.device.type == "cpu":
+        h.copy_(close_branch_reference(h, y, post_weight, scale, eps))
+        return rms_norm_reference(h, weight, eps).to(dtype)
+    out = torch.empty_like(h, dtype=dtype)
+    launch_fused_norm(h, y, post_weight, scale, weight, eps, (out,), in_place=True)
+    return out
+
+
+@residual_norm_.register_fake
+def _(
+    h: Tensor, y: Tensor, post_weight: Tensor, scale: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(h, dtype=dtype)
 
 
 @triton_op("gemma4::residual_norm_quantize", mutates_args={})

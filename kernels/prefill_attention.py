@@ -31,6 +31,7 @@ from gemma4.kernels.decode_attention import (
     slot_positions,
     softmax_step,
 )
+from gemma4.kernels.split_merge import by_token, empty_heads
 from gemma4.kernels.tied_rope_cache import natural_column
 
 
@@ -94,7 +95,7 @@ def prefill_attention_reference(
     """The definition, over every slot of the cache: no value of `input_pos` is read on the host."""
     old_pos = slot_positions(input_pos[0] - 1, k_cache.shape[2])
     k, v = torch.cat((k_cache, k_new), 2), torch.cat((v_cache, v_new), 2)
-    return masked_attention(q, k, v, input_pos, torch.cat((old_pos, input_pos)), scale, window)
+    return by_token(masked_attention(q, k, v, input_pos, torch.cat((old_pos, input_pos)), scale, window))
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -124,10 +125,13 @@ def _prefill_attention_kernel(
     k_cache_ptr,  # [B, Hkv, L, D]
     v_cache_ptr,  # [B, Hkv, L, D]
     input_pos_ptr,  # [T] int64
-    out_ptr,  # [B, Hkv * GROUP, T, D] contiguous
+    out_ptr,  # [B, Hkv * GROUP, T, D], strided but along D
     stride_qb,
     stride_qh,
     stride_qt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
     stride_kb,
     stride_kh,
     stride_vb,
@@ -210,7 +214,7 @@ def _prefill_attention_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
     out = acc / row_sum[:, None]
-    out_rows = ((batch * KV_HEADS * GROUP + q_head) * tokens + row_token) * D
+    out_rows = batch * stride_ob + q_head * stride_oh + row_token.to(tl.int64) * stride_ot
     offs_o = _out_columns(offs_v, D, R)
     tl.store(out_ptr + out_rows[:, None] + offs_o[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
 
@@ -256,7 +260,7 @@ def prefill_attention_launch(
     group = q_heads // kv_heads
     block_dv = min(head_dim, config.block_dv)
     tiles = triton.cdiv(tokens * group, config.block_m) * (head_dim // block_dv)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_heads(q)
     wrap_triton(_prefill_attention_kernel)[(tiles, batch * kv_heads)](
         q_ptr=q,
         k_new_ptr=k_new,
@@ -268,6 +272,9 @@ def prefill_attention_launch(
         stride_qb=q.stride(0),
         stride_qh=q.stride(1),
         stride_qt=q.stride(2),
+        stride_ob=out.stride(0),
+        stride_oh=out.stride(1),
+        stride_ot=out.stride(2),
         stride_kb=k_new.stride(0),
         stride_kh=k_new.stride(1),
         stride_vb=v_new.stride(0),
@@ -309,11 +316,12 @@ def prefill_attention(
     """Attend from a chunk q [B, Hq, T, D] to the cache before it and to its own keys k_new, v_new [B, Hkv, T, D].
 
     The caches [B, Hkv, L, D] are only read: write the chunk afterwards. `input_pos` [T] int64, consecutive.
-    Returns [B, Hq, T, D] in q's dtype. Raises ValueError on shapes, dtypes or strides that do not fit.
+    Returns [B, Hq, T, D] in q's dtype, in memory token by token. Raises ValueError on shapes, dtypes or strides that do
+    not fit.
     """
     _check(q, k_new, v_new, k_cache, v_cache, input_pos, window)
     if q.device.type == "cpu":
-        return prefill_attention_reference(q, k_new, v_new, k_cache, v_cache, input_pos, scale, window)
+        return by_token(prefill_attention_reference(q, k_new, v_new, k_cache, v_cache, input_pos, scale, window))
     wgmma, shared_limit = device_limits(q.device)
     config = choose_config(q.shape[3], q.element_size(), wgmma and q.dtype != torch.float32, shared_limit)
     return prefill_attention_launch(q, k_new, v_new, k_cache, v_cache, input_pos, scale, window, config)
@@ -331,7 +339,7 @@ def _(
     window: int,
 ) -> Tensor:
     _check(q, k_new, v_new, k_cache, v_cache, input_pos, window)
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return empty_heads(q)
 
 
 @prefill_attention.register_kernel("cpu")
@@ -351,4 +359,4 @@ def _(
     slots = old_pos % k_cache.shape[2]
     k = torch.cat((k_cache[:, :, slots], k_new), 2)
     v = torch.cat((v_cache[:, :, slots], v_new), 2)
-    return masked_attention(q, k, v, input_pos, torch.cat((old_pos, input_pos)), scale, window)
+    return by_token(masked_attention(q, k, v, input_pos, torch.cat((old_pos, input_pos)), scale, window))

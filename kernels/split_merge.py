@@ -27,6 +27,8 @@ from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_optio
 
 __all__ = [
     "Partials",
+    "by_token",
+    "empty_heads",
     "empty_partials",
     "empty_quantized",
     "head_rows",
@@ -131,8 +133,19 @@ def merge_heads(partials: Partials, q: Tensor) -> Tensor:
 
 
 def head_rows(heads: Tensor) -> Tensor:
-    """Heads [B, Hq, T, D] side by side: [B * T, Hq * D]."""
+    """Heads [B, Hq, T, D] side by side: [B * T, Hq * D]; a view where they lie token by token."""
     return heads.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def by_token(heads: Tensor) -> Tensor:
+    """Heads [B, Hq, T, D] whose memory holds one token after another."""
+    return heads.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_heads(q: Tensor) -> Tensor:
+    """Unwritten heads like q [B, Hq, T, D], whose memory holds one token after another."""
+    batch, heads, tokens, head_dim = q.shape
+    return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
 def merge_quantized(partials: Partials, q: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch.library import triton_op
 
 from gemma4.kernels.decode_attention import masked_attention
 from gemma4.kernels.prefill_attention import choose_config, device_limits, prefill_attention_launch
+from gemma4.kernels.split_merge import by_token, empty_heads
 from gemma4.kernels.tied_decode_attention import check_tied
 from gemma4.kernels.tied_rope_cache import keys_and_values, natural_order
 
@@ -51,11 +52,11 @@ def tied_prefill_attention(q: Tensor, kv_new: Tensor, kv_cache: Tensor, input_po
     """Attend from a chunk q [B, Hq, T, D] to the cache [B, Hkv, L, D + D/4] before it and to its own rows kv_new.
 
     The cache is only read. `input_pos` [T] int64, consecutive. Returns [B, Hq, T, D] in q's dtype, dimensions in
-    natural order. Raises ValueError on shapes, dtypes or strides that do not fit.
+    natural order, in memory token by token. Raises ValueError on shapes, dtypes or strides that do not fit.
     """
     _check(q, kv_new, kv_cache, input_pos)
     if q.device.type == "cpu":
-        return tied_prefill_attention_reference(q, kv_new, kv_cache, input_pos, scale)
+        return by_token(tied_prefill_attention_reference(q, kv_new, kv_cache, input_pos, scale))
     rotated = q.shape[3] // 4
     wgmma, shared_limit = device_limits(q.device)
     config = choose_config(q.shape[3], q.element_size(), wgmma and q.dtype != torch.float32, shared_limit)
@@ -66,10 +67,10 @@ def tied_prefill_attention(q: Tensor, kv_new: Tensor, kv_cache: Tensor, input_po
 @tied_prefill_attention.register_fake
 def _(q: Tensor, kv_new: Tensor, kv_cache: Tensor, input_pos: Tensor, scale: float) -> Tensor:
     _check(q, kv_new, kv_cache, input_pos)
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return empty_heads(q)
 
 
 @tied_prefill_attention.register_kernel("cpu")
 def _(q: Tensor, kv_new: Tensor, kv_cache: Tensor, input_pos: Tensor, scale: float) -> Tensor:
     _check(q, kv_new, kv_cache, input_pos)
-    return tied_prefill_attention_reference(q, kv_new, kv_cache[:, :, : int(input_pos[0])], input_pos, scale)
+    return by_token(tied_prefill_attention_reference(q, kv_new, kv_cache[:, :, : int(input_pos[0])], input_pos, scale))

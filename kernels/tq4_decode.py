@@ -158,7 +158,10 @@ def _tq4_decode_merge_kernel(
     acc_ptr,  # [Hkv, SPLITS, ROWS, D] float32, not written where the split had no keys
     max_ptr,  # [Hkv, SPLITS, ROWS] float32, -inf where the split had no keys
     sum_ptr,  # [Hkv, SPLITS, ROWS] float32
-    out_ptr,  # [Hq, T, D] contiguous = [Hkv, ROWS, D]
+    out_ptr,  # [Hq, T, D], strided over heads and tokens
+    stride_oh,
+    stride_ot,
+    tokens,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
@@ -182,7 +185,8 @@ def _tq4_decode_merge_kernel(
         at = acc_ptr + (first_part + part * ROWS)[:, None] * D + offs[None, :]
         out += tl.sum(tl.load(at, mask=(weight > 0.0)[:, None], other=0.0) * weight[:, None], 0)
     out = hadamard(out / total, D) * signs(D)
-    tl.store(out_ptr + out_row * D + offs, out.to(out_ptr.dtype.element_ty))
+    at = out_row // tokens * stride_oh + out_row % tokens * stride_ot + offs
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty))
 
 
 # ------------------------------------------------------------------------------------------------------- launch
@@ -255,6 +259,9 @@ def tq4_decode_launch(
         max_ptr=row_max,
         sum_ptr=row_sum,
         out_ptr=out,
+        stride_oh=out.stride(1),
+        stride_ot=out.stride(2),
+        tokens=tokens,
         ROWS=rows,
         SPLITS=splits,
         SPLITS_PADDED=triton.next_power_of_2(splits),

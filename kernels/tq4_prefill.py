@@ -67,7 +67,9 @@ def _tq4_prefill_kernel(
     v_codes_ptr,  # [Hkv, L, D * BITS / 8]
     v_scale_ptr,  # [Hkv, L]
     input_pos_ptr,  # [T] int64
-    out_ptr,  # [Hkv * GROUP, T, D], rotated
+    out_ptr,  # [Hkv * GROUP, T, D], rotated, strided over heads and tokens
+    stride_oh,
+    stride_ot,
     length,
     tokens,
     scale_log2,
@@ -94,8 +96,8 @@ def _tq4_prefill_kernel(
     end = first + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, tokens)
 
     offs_n = tl.arange(0, BLOCK_N)
-    out_rows = (head * GROUP + rows % GROUP) * tokens + row_token
-    q_rows = q_ptr + out_rows[:, None] * WIDTH
+    q_head = head * GROUP + rows % GROUP
+    q_rows = q_ptr + (q_head * tokens + row_token)[:, None] * WIDTH
     q0, q1, q2, q3 = load_quarters(q_rows, row_mask[:, None], TURNED)
     if TURNED < D:
         r0, r1, r2, r3 = load_quarters(q_rows + TURNED, row_mask[:, None], D)
@@ -139,7 +141,8 @@ def _tq4_prefill_kernel(
         acc2 = tl.dot(weights, v2, acc2 * decay[:, None])
         acc3 = tl.dot(weights, v3, acc3 * decay[:, None])
 
-    at = out_ptr + out_rows[:, None] * D + tl.arange(0, D // 4)[None, :]
+    out_rows = q_head * stride_oh + row_token.to(tl.int64) * stride_ot
+    at = out_ptr + out_rows[:, None] + tl.arange(0, D // 4)[None, :]
     factor = (1.0 / row_sum)[:, None]
     tl.store(at, (acc0 * factor).to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
     tl.store(at + D // 4, (acc1 * factor).to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
@@ -179,6 +182,8 @@ def tq4_prefill_launch(
         v_scale_ptr=v_scale,
         input_pos_ptr=input_pos,
         out_ptr=out,
+        stride_oh=out.stride(1),
+        stride_ot=out.stride(2),
         length=length,
         tokens=tokens,
         scale_log2=scale * LOG2_E,

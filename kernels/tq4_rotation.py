@@ -94,9 +94,10 @@ def _rotate_queries_kernel(
 
 
 @triton.jit
-def _rotate_back_kernel(x_ptr, D: tl.constexpr):
-    """x [rows, D] in place."""
-    at = x_ptr + tl.program_id(0).to(tl.int64) * D + tl.arange(0, D)
+def _rotate_back_kernel(x_ptr, stride_xh, stride_xt, tokens, D: tl.constexpr):
+    """x [heads, tokens, D] in place."""
+    row = tl.program_id(0).to(tl.int64)
+    at = x_ptr + row // tokens * stride_xh + row % tokens * stride_xt + tl.arange(0, D)
     y = hadamard(tl.load(at).to(tl.float32), D) * signs(D)
     tl.store(at, y.to(x_ptr.dtype.element_ty))
 
@@ -120,6 +121,13 @@ def launch_rotate_queries(q: Tensor, k_weight: Tensor | None, turned: int) -> Te
 
 
 def launch_rotate_back(x: Tensor) -> None:
-    """Turn contiguous x [..., D] out of the basis of the codes, in place."""
-    head_dim = x.shape[-1]
-    wrap_triton(_rotate_back_kernel)[(x.numel() // head_dim,)](x_ptr=x, D=head_dim, num_warps=1)
+    """Turn x [1, H, T, D] out of the basis of the codes, in place."""
+    _, heads, tokens, head_dim = x.shape
+    wrap_triton(_rotate_back_kernel)[(heads * tokens,)](
+        x_ptr=x,
+        stride_xh=x.stride(1),
+        stride_xt=x.stride(2),
+        tokens=tokens,
+        D=head_dim,
+        num_warps=1,
+    )

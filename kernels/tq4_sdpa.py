@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op
 
 from gemma4.kernels.decode_attention import MAX_TOKENS
+from gemma4.kernels.split_merge import by_token, empty_heads
 from gemma4.kernels.tq4_decode import tq4_decode
 from gemma4.kernels.tq4_prefill import tq4_prefill
 from gemma4.kernels.tq4_rotation import launch_rotate_queries, rotate_queries_reference
@@ -90,16 +91,24 @@ def tq4_sdpa(
 ) -> Tensor:
     """Attend from q [1, Hq, T, D] to a TurboQuant cache that holds these tokens already; returns q's shape and dtype.
 
-    Raises ValueError on shapes, dtypes or strides that do not fit. Positions are not checked: they stay on the device.
+    In memory, the result lies token by token. Raises ValueError on shapes, dtypes or strides that do not fit. Positions
+    are not checked: they stay on the device.
     """
     _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
     if q.device.type == "cpu":
-        return tq4_sdpa_reference(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos, scale)
+        return by_token(tq4_sdpa_reference(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos, scale))
     _, turned = code_widths(int(q.shape[3]), k_codes, v_codes)
-    queries = launch_rotate_queries(q, k_weight, turned)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    attend = tq4_decode if guard_or_false(q.shape[2] <= MAX_TOKENS) else tq4_prefill
-    attend(queries, k_codes, k_scale, v_codes, v_scale, input_pos, scale, out)
+    out = empty_heads(q)
+    kv_heads, group = k_codes.shape[1], q.shape[1] // k_codes.shape[1]
+    is_few = guard_or_false(q.shape[2] <= MAX_TOKENS)
+    attend = tq4_decode if is_few else tq4_prefill
+    step = kv_heads if is_few else -(-kv_heads // 2)  # of a chunk, half of the rotated queries are alive
+    for first in range(0, kv_heads, step):
+        own, shared = slice(first * group, (first + step) * group), slice(first, first + step)
+        queries = launch_rotate_queries(q[:, own], k_weight, turned)
+        cache = (x[:, shared] for x in (k_codes, k_scale, v_codes, v_scale))
+        attend(queries, *cache, input_pos, scale, out[:, own])
+        del queries
     return out
 
 
@@ -115,7 +124,7 @@ def _(
     scale: float,
 ) -> Tensor:
     _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return empty_heads(q)
 
 
 @tq4_sdpa.register_kernel("cpu")
@@ -132,4 +141,4 @@ def _(
     _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
     end = int(input_pos[-1]) + 1
     codes, scales = (k_codes[:, :, :end], v_codes[:, :, :end]), (k_scale[:, :, :end], v_scale[:, :, :end])
-    return tq4_sdpa_reference(q, codes[0], scales[0], codes[1], scales[1], k_weight, input_pos, scale)
+    return by_token(tq4_sdpa_reference(q, codes[0], scales[0], codes[1], scales[1], k_weight, input_pos, scale))

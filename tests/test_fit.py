@@ -54,7 +54,7 @@ def test_verdicts_and_exit_codes(fit: Any) -> None:
     assert (code, err) == (0, "")
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "17.76 GiB" in rows["weights"]
-    assert "0.88 GiB" in rows["KV cache, 50 sliding layers of 1,152 positions"]
+    assert "0.83 GiB" in rows["KV cache, 50 sliding layers of 1,088 positions"]
     assert "KV cache, 10 full layers of 131,072 positions" in rows
     assert "a GPU of 80.00 GiB: fits" in out
     assert "longest context that fits: 262,144 tokens" in out

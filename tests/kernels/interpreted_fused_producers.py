@@ -30,6 +30,10 @@ def test_residual_norm(m: int, k: int, planes: int, has_scale: bool) -> None:
     h_ref = close_branch_reference(h, y, post, scale, 1e-6)
     assert relative_error(out, h_ref) < 1e-6
     assert torch.equal(same, out)
+    x, own = torch.empty_like(h), h.clone()
+    assert launch_fused_norm(own, y, post, scale, weight, 1e-6, (x,), in_place=True) is own
+    assert relative_error(own, out) < 1e-6
+    assert relative_error(x, dense) < 1e-6
     exact = rms_norm_reference(h_ref, weight, 1e-6)
     assert relative_error(dense, exact) < 1e-6
     xq_ref, xs_ref, xsum_ref = quantize_activations_reference(exact, planes)

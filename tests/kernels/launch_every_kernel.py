@@ -21,7 +21,7 @@ from gemma4.kernels import linear
 from gemma4.kernels.activations import quantize_activations
 from gemma4.kernels.decode_attention import MAX_TOKENS, decode_attention, decode_attention_quantize
 from gemma4.kernels.dequantize_planes import dequantize_planes
-from gemma4.kernels.fused_norm import residual_norm, residual_norm_quantize, rms_norm, rms_norm_quantize
+from gemma4.kernels.fused_norm import residual_norm, residual_norm_, residual_norm_quantize, rms_norm, rms_norm_quantize
 from gemma4.kernels.gelu_mul import gelu_mul, gelu_mul_quantize
 from gemma4.kernels.prefill_attention import prefill_attention
 from gemma4.kernels.rope_cache import qk_norm_rope, qk_norm_rope_cache
@@ -61,6 +61,7 @@ def rows(device: str) -> None:
         rms_norm(h, weight, EPS, torch.bfloat16)
         rms_norm_quantize(h, weight, EPS)
         residual_norm(h, y, weight, scale, weight, EPS, torch.bfloat16)
+        residual_norm_(h.clone(), y, weight, scale, weight, EPS, torch.bfloat16)
         residual_norm_quantize(h, y, weight, None, weight, EPS)
         gelu_mul(h, y)
         gelu_mul_quantize(h, y)

@@ -12,6 +12,7 @@ from gemma4.kernels.activations import dequantize_activations, empty_activations
 from gemma4.kernels.fused_norm import (
     close_branch_reference,
     residual_norm,
+    residual_norm_,
     residual_norm_quantize,
     rms_norm,
     rms_norm_quantize,
@@ -40,6 +41,10 @@ def test_ops_on_the_cpu(m: int) -> None:
     expected = 0.5 * (h + rms_norm_reference(y, post, EPS))
     torch.testing.assert_close(out, expected)
     assert relative_error(dequantize_activations(xq, xs), rms_norm_reference(expected, weight, EPS)) < 1e-4
+    same, x = h.clone(), residual_norm_(h, y, post, torch.tensor([0.5]), weight, EPS, torch.float32)
+    assert torch.equal(h, expected)
+    assert torch.equal(x, rms_norm_reference(expected, weight, EPS))
+    assert torch.equal(residual_norm(same, y, post, torch.tensor([0.5]), weight, EPS, torch.float32)[1], x)
     xq, xs, _ = rms_norm_quantize(h, weight, EPS)
     assert relative_error(dequantize_activations(xq, xs), rms_norm_reference(h, weight, EPS)) < 1e-4
     gate, up = torch.randn(m, 128).chunk(2, -1)
@@ -54,6 +59,7 @@ def test_ops_are_sound_for_tracing() -> None:
     torch.library.opcheck(rms_norm_quantize, (h, weight, EPS), test_utils=tests)
     torch.library.opcheck(rms_norm, (h, weight, EPS, torch.bfloat16), test_utils=tests)
     torch.library.opcheck(residual_norm, (h, y, post, None, weight, EPS, torch.bfloat16), test_utils=tests)
+    torch.library.opcheck(residual_norm_, (h, y, post, None, weight, EPS, torch.bfloat16), test_utils=tests)
     torch.library.opcheck(gelu_mul, (gate, up), test_utils=tests)
     torch.library.opcheck(residual_norm_quantize, (h, y, post, None, weight, EPS), test_utils=tests)
     torch.library.opcheck(gelu_mul_quantize, (gate, up), test_utils=tests)
@@ -84,6 +90,20 @@ def test_compiles_without_spilling(capability: int) -> None:
     for out in (empty_activations(gate, 2), (gate.contiguous(),)):
         compiled += compile_launches(gelu_mul_module, capability, "launch_gelu_mul", gate, up, out)
     assert all(kernel.metadata.shared <= 32 << 10 for kernel in compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 9, 2048])
+@pytest.mark.parametrize("k", [32, 96, 256, 1152, 5376])
+def test_in_place_on_a_gpu(m: int, k: int) -> None:
+    h, y, post, weight = rows(m, k, "cuda")
+    scale = torch.tensor([0.4], device="cuda")
+    expected, _ = residual_norm(h, y, post, scale, weight, EPS, torch.bfloat16)
+    for _ in range(3):
+        own = h.clone()
+        x = residual_norm_(own, y, post, scale, weight, EPS, torch.float32)
+        assert relative_error(own, expected) < 1e-6
+        assert relative_error(x, rms_norm_reference(expected, weight, EPS)) < 1e-6
 
 
 @pytest.mark.gpu
