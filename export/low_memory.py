@@ -14,7 +14,7 @@ do not suit us:
     Parameter.__deepcopy__          reads what it copies
     generate_ttir                   a kernel's code, to see which arguments it writes: made again for every launch
     ttir_to_functions               what that code does: anything, where assembly is not known to write nothing
-    convert_cubin_to_obj            names an object by the kernel's code, which two kernels may share
+    convert_cubin_to_obj            names an object by the kernel's code, which two kernels, or processes, may share
     generate_example_value          what a kernel is tried with, as large as the real thing: here all of one piece
 
 Names are checked against the torch that is installed, and versions other than those tried are refused.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import importlib
 import io
 import mmap
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -285,7 +286,8 @@ def _ttir_to_functions(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _convert_cubin_to_obj(original: Callable[..., str]) -> Callable[..., str]:
     def convert(cubin_file: str, kernel_name: str, *tools: str) -> str:
-        return original(shutil.copyfile(cubin_file, f"{cubin_file}.{kernel_name}"), kernel_name, *tools)
+        # Of this process alone: another may compile the same kernel.
+        return original(shutil.copyfile(cubin_file, f"{cubin_file}.{os.getpid()}.{kernel_name}"), kernel_name, *tools)
 
     return convert
 

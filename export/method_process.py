@@ -9,6 +9,7 @@ and this one ends with it. Standard output answers in lines of JSON: phases as t
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 import torch
 from pydantic import BaseModel
@@ -158,9 +159,17 @@ def answer_request(request: MethodRequest, answer: Callable[[Answer], None]) -> 
         answer(Answer(error="out of memory on the host while compiling"))
     except Exception as error:  # what a compiler raises is anything, and torch without memory may be wrapped in it
         is_full = "out of memory" in str(error)
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = "out of memory on the GPU while compiling" if is_full else "the compiler failed"
-        answer(Answer(error=f"{what}: {first_line}"))
+        answer(Answer(error=f"{what}: {_in_a_line(str(error)) or type(error).__name__}"))
+
+
+_TOOL_ERROR: Final = re.compile(r"\b(error|undefined reference|No space left|Killed)\b")
+
+
+def _in_a_line(error: str) -> str:
+    """The first line of what a compiler says, and the first that tells of an error in what it ran."""
+    lines = error.strip().splitlines()
+    return ": ".join(lines[:1] + [line.strip() for line in lines[1:] if _TOOL_ERROR.search(line)][:1])
 
 
 def main() -> None:

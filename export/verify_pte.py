@@ -8,8 +8,8 @@ libraries  the library of each CUDA method loads, has the entry points that the 
 
 from __future__ import annotations
 
-import ctypes
-import os
+import json
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch import Tensor
 from gemma4.export.cuda_weights import CudaMethod
 from gemma4.export.elf import SharedLibrary
 from gemma4.export.executorch_files import DataFile, ProgramFile
+from gemma4.export.method_process import python_command
 from gemma4.export.methods import MethodName
 from gemma4.quant.errors import MalformedError, MissingTensorError, UnexpectedTensorError
 
@@ -56,6 +57,8 @@ _SHIMS: Final = (
 )
 SHIMS: Final = frozenset(f"aoti_torch_{name}" for name in _SHIMS)
 """Functions that ExecuTorch's CUDA backend offers to the libraries it loads (its `common_shims` and `shims/*.h`)."""
+# Torch has functions of the same names, which a library may call while it is loaded.
+_TORCH_FUNCTIONS: Final = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 _CHUNK_BYTES: Final = 64 << 20
 
 
@@ -123,25 +126,16 @@ def check_library(library: memoryview, path: Path) -> set[str]:
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
         file.flush()
-        try:
-            # Functions of the backend are absent here: they must not be looked up before they are called.
-            loaded = ctypes.CDLL(file.name, mode=os.RTLD_LAZY | os.RTLD_LOCAL)
-        except OSError as error:
-            raise MalformedError(f"a library does not load: {error}", path=path) from error
-        # A name is looked up in a library and in all that it needs.
-        unresolved = {name for name in parsed.undefined if not _has(loaded, name.partition("@")[0])}
+        command, environment = python_command("gemma4.export.library_check", file.name, str(_TORCH_FUNCTIONS))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise MalformedError(f"a library does not load: {reason}", path=path)
+    unresolved = set(json.loads(done.stdout.splitlines()[-1]))
     unknown = unresolved - SHIMS
     if unknown:
         raise MalformedError(f"a library needs what ExecuTorch lacks: {', '.join(sorted(unknown))}", path=path)
     return unresolved
-
-
-def _has(library: ctypes.CDLL, name: str) -> bool:
-    try:
-        library[name]
-    except AttributeError:
-        return False
-    return True
 
 
 def _load(program: Path, data: Path) -> tuple[set[str], dict[str, tuple[Any, ...]]]:

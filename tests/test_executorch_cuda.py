@@ -34,10 +34,18 @@ from gemma4.quant.errors import MalformedError, MissingTensorError, UnexpectedTe
 from tests.tiny_gguf import gemma4
 
 
-def library(folder: Path, *, names: tuple[str, ...] = ENTRY_POINTS, calls: str = "aoti_torch_get_data_ptr") -> Path:
-    """A shared library with these functions, the first of which calls another and one of the C library."""
+def library(
+    folder: Path,
+    *,
+    names: tuple[str, ...] = ENTRY_POINTS,
+    calls: str = "aoti_torch_get_data_ptr",
+    at_once: bool = False,
+) -> Path:
+    """A shared library with these functions, which call another and one of the C library; the other `at_once`, too."""
     source = f"int {calls}(void); int puts(const char *);\n"
     source += "".join(f'int {name}(void) {{ return {calls}() + puts(""); }}\n' for name in names)
+    if at_once:
+        source += f"__attribute__((constructor)) static void load(void) {{ {calls}(); }}\n"
     path = folder / f"{calls}{len(names)}.wrapper.so"
     command = ["cc", "-shared", "-fPIC", "-x", "c", "-o", str(path), "-"]
     subprocess.run(command, input=source.encode(), check=True, capture_output=True)
@@ -54,6 +62,14 @@ def test_a_library_is_read_as_the_loader_reads_it(tmp_path: Path) -> None:
 def test_shims_are_told_from_the_c_library(tmp_path: Path) -> None:
     path = library(tmp_path)
     assert check_library(memoryview(path.read_bytes()), path) == {"aoti_torch_get_data_ptr"}
+
+
+def test_a_library_may_call_a_shim_while_it_is_loaded(tmp_path: Path) -> None:
+    path = library(tmp_path, calls="aoti_torch_dtype_float32", at_once=True)
+    assert check_library(memoryview(path.read_bytes()), path) == {"aoti_torch_dtype_float32"}
+    path = library(tmp_path, calls="aoti_torch_no_such", at_once=True)
+    with pytest.raises(MalformedError, match="does not load: .*aoti_torch_no_such"):
+        check_library(memoryview(path.read_bytes()), path)
 
 
 def test_what_executorch_lacks_is_named(tmp_path: Path) -> None:

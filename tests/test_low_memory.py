@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,7 @@ def test_kernels_of_the_same_code_have_objects_of_their_own(tmp_path: Path) -> N
     with low_memory.patched_compiler():
         convert = importlib.import_module("torch._inductor.codecache").convert_cubin_to_obj
         objects = [convert(str(binary), name, "ld", "objcopy") for name in ("norm_3", "norm_7")]
+    assert all(f".{os.getpid()}." in obj for obj in objects), "two processes would write one file"
     symbols = [subprocess.check_output(["nm", obj], text=True) for obj in objects]
     assert ["norm_3" in text for text in symbols] == [True, False]
     assert ["norm_7" in text for text in symbols] == [False, True]
