@@ -3,7 +3,7 @@
 usage: python -m gemma4.export.library_check LIBRARY [LIBRARY THAT STANDS IN FOR THE LOADER'S OWN FUNCTIONS]...
 
 A compiled method calls functions of its loader as soon as it is loaded. The stand-ins offer such functions for that
-moment; what they offer does not count as resolved. Prints one line of JSON: names of undefined symbols that neither the
+moment; what they offer does not count as resolved. Writes one line of JSON: names of undefined symbols that neither the
 library nor a library that it names has.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
     library, *stand_ins = map(Path, sys.argv[1:])
     for stand_in in stand_ins:
         ctypes.CDLL(str(stand_in), mode=os.RTLD_LAZY | os.RTLD_GLOBAL)
-    print(json.dumps(unresolved(library)))
+    sys.stdout.write(json.dumps(unresolved(library)) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,13 +67,17 @@ class Stream:
     h: float32 [T, H], the residual stream. x: rows [T, H], its norm for the next branch; set before a layer runs.
     """
 
-    def __init__(self, h: Tensor) -> None:
+    def __init__(self, h: Tensor, x: Rows = ()) -> None:
         self.h = h
-        self.x: Rows = ()
+        self.x = x
+
+    def take(self) -> Rows:
+        """x, which the stream then no longer holds."""
+        x, self.x = self.x, ()
+        return x
 
     def add(self, y: Tensor, make: RowMaker, post_norm: RMSNorm, scale: Tensor | None, norm: RMSNorm) -> None:
         """Adds the branch y [T, H], through `post_norm`; x is then for the branch that begins with `norm`."""
-        self.x = ()
         self.h, self.x = make.residual_normed(self.h, y, post_norm, scale, norm)
 
 
@@ -90,14 +94,15 @@ class MLP(nn.Module):
             self.up_proj = weights.linear("up_proj")
         self.down_proj = weights.linear("down_proj")
 
-    def forward(self, x: Rows, make: RowMaker) -> Tensor:
-        out: Tensor = self.down_proj(self._gated(x, make))
+    def forward(self, stream: Stream, make: RowMaker) -> Tensor:
+        out: Tensor = self.down_proj(self._gated(stream.take(), make))
         return out
 
     def _gated(self, x: Rows, make: RowMaker) -> Rows:
         """The input of the last product; gate and up, the widest tensors of a pass, do not outlive this."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
-        return make.gelu_mul(gate, up)
+        if self.is_fused:
+            return make.gated(x, self.gate_up_proj)
+        return make.gelu_mul(self.gate_proj(x), self.up_proj(x))
 
 
 class Attention(nn.Module):
@@ -124,10 +129,12 @@ class Attention(nn.Module):
         self.k_norm = weights.norm("k_norm", config.rms_norm_eps) if has_kv else None
         self.o_proj = weights.linear("o_proj")
 
-    def forward(self, x: Rows, make: RowMaker, input_pos: Tensor, inv_freq: Tensor, cache: AttentionCache) -> Tensor:
+    def forward(
+        self, stream: Stream, make: RowMaker, input_pos: Tensor, inv_freq: Tensor, cache: AttentionCache
+    ) -> Tensor:
         k_weight = None if self.k_norm is None else self.k_norm.weight
         rope = HeadTransform(self.q_norm.weight, k_weight, inv_freq, self.q_norm.eps, self.has_v_norm)
-        raw = self._projected(x)
+        raw = self._projected(stream.take())
         # Taken out: the cache alone holds them, and lets them go.
         rows = cache.attend(raw.pop("q"), raw.pop("k", None), raw.pop("v", None), rope, input_pos, self.scale, make)
         out: Tensor = self.o_proj(rows)
@@ -197,10 +204,10 @@ class DecoderLayer(nn.Module):
 
         Returns the last branch, which is still to be added, through `closing_norm`.
         """
-        attended = self.self_attn(stream.x, make, input_pos, inv_freq, cache)
+        attended = self.self_attn(stream, make, input_pos, inv_freq, cache)
         stream.add(attended, make, self.post_attention_layernorm, None, self.pre_feedforward_layernorm)
         del attended  # the MLP is the widest part of a pass
-        y: Tensor = self.mlp(stream.x, make)
+        y: Tensor = self.mlp(stream, make)
         if self.has_experts:
             y = self.add_experts(stream.h, y)
         if per_layer_input is None:

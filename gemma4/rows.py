@@ -24,7 +24,7 @@ from gemma4.kernels.fused_norm import (
 from gemma4.kernels.gelu_mul import gelu_mul, gelu_mul_quantize
 from gemma4.kernels.split_merge import head_rows
 from gemma4.kernels.tied_decode_attention import tied_decode_attention, tied_decode_attention_quantize
-from gemma4.quant.linear import Rows
+from gemma4.quant.linear import Linear, Rows, gated_linear
 
 
 class RMSNorm(nn.Module):
@@ -67,6 +67,9 @@ class RowMaker(Protocol):
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
         """gelu_tanh(gate) * up."""
 
+    def gated(self, x: Rows, gate_up: Linear) -> Rows:
+        """gelu_tanh(gate) * up for both products of x in one matrix."""
+
 
 class DenseRows:
     """Rows as one tensor of `dtype`."""
@@ -103,6 +106,9 @@ class DenseRows:
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
         return (gelu_mul(gate, up),)
 
+    def gated(self, x: Rows, gate_up: Linear) -> Rows:
+        return (gated_linear(x[0], gate_up),)
+
 
 class PackedRows:
     """Rows as int8 planes with scales and sums (`gemma4.kernels.activations`)."""
@@ -137,6 +143,10 @@ class PackedRows:
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Rows:
         rows: Rows = gelu_mul_quantize(gate, up)
         return rows
+
+    def gated(self, x: Rows, gate_up: Linear) -> Rows:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return self.gelu_mul(gate, up)
 
 
 def closed(h: Tensor, y: Tensor, post_norm: RMSNorm) -> Tensor:

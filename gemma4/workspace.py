@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from gemma4.config import Gemma4Config, LayerConfig
+from gemma4.config import Gemma4Config, LayerConfig, LayerKind
+from gemma4.kernels.pieces import SCRATCH_BYTES, piece_rows
 from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
 
-# Limits of `gemma4.kernels.linear`, `gemma4.quant.linear` and `gemma4.quant.loader`, here so that planning does not
-# import torch.
-SCRATCH_BYTES: Final = 128 << 20
-ALIGNED_ROWS: Final = 128
+# Limits of `gemma4.quant.linear` and `gemma4.quant.loader`, here so that planning does not import torch.
 CHUNK_BYTES: Final = 64 << 20
 LOADER_SLICE_BYTES: Final = 32 << 20
 LOADER_WORKERS: Final = 6
@@ -81,36 +79,33 @@ class Workspace:
 
     def prefill_bytes(self, tokens: int) -> int:
         """Most bytes alive in a pass over a chunk."""
-        return self._carried_bytes(tokens) + self._stage_bytes(tokens)
+        return int(self._carried_bytes(tokens) + max(map(sum, self._stages(tokens))))
 
     def prefill_blocks(self, tokens: int) -> tuple[int, int]:
         """Bytes of two blocks of memory that hold all tensors of a pass over a chunk, in whatever order they come.
 
-        One is for what passes from layer to layer: the residual stream, its norm and a branch, beside the next stream
-        and norm, with which they trade places. So the other, for what a layer adds to them, is whole again each time.
+        One is for what passes from layer to layer: the residual stream, its norm and a branch, which trade places. So
+        the other, for what a layer adds to them, is whole again each time.
         """
-        streams = tokens * self.config.hidden_size * (2 * 4 + 3 * self.itemsize)
-        return streams + 2 * self._own_input_bytes(tokens), self._stage_bytes(tokens)
+        streams = tokens * self.config.hidden_size * (4 + 2 * self.itemsize) + 2 * self._own_input_bytes(tokens)
+        return streams, int(max(beside for _, beside in self._stages(tokens)))
 
     def _own_input_bytes(self, tokens: int) -> int:
         """Of the per-layer inputs of all layers."""
         return 4 * tokens * self.config.num_hidden_layers * self.config.hidden_size_per_layer_input
 
     def _carried_bytes(self, tokens: int) -> int:
-        """What goes from layer to layer: the residual stream in float32, its norm, and the per-layer inputs."""
-        return tokens * self.config.hidden_size * (4 + self.itemsize) + self._own_input_bytes(tokens)
+        """What is there all the time: the residual stream in float32, and the per-layer inputs."""
+        return 4 * tokens * self.config.hidden_size + self._own_input_bytes(tokens)
 
-    def _stage_bytes(self, tokens: int) -> int:
-        """Most bytes alive beyond that in a pass."""
+    def _stages(self, tokens: int) -> Iterator[tuple[float, float]]:
+        """Bytes alive beyond that at the widest moments of a pass: norms and branches, and what is beside them."""
         carried, own_inputs = self._carried_bytes(tokens), self._own_input_bytes(tokens)
         embedded = 4 * tokens * self.config.hidden_size * decode_factor(self._others["embed_tokens"].type)
-        stages = [
-            embedded - carried,
-            4 * own_inputs + self._scratch(self._others, "per_layer_model_projection", tokens),
-        ]
+        yield 0, embedded - carried
+        yield 0, 4 * own_inputs + self._scratch(self._others, "per_layer_model_projection", tokens)
         for layer, matrices in self._layers:
-            stages += self._layer_stages(layer, matrices, tokens)
-        return int(max(stages))
+            yield from self._layer_stages(layer, matrices, tokens)
 
     def decode_bytes(self) -> int:
         """Most bytes alive in a pass over one token: logits, and what is decoded where no kernel reads packed rows."""
@@ -127,29 +122,46 @@ class Workspace:
                     stages.append(self._scratch({name: entry}, "", 1))
         return int(3 * 4 * config.vocab_size + max(stages))
 
-    def _layer_stages(self, layer: LayerConfig, matrices: _Matrices, tokens: int) -> Iterator[float]:
-        """What one layer holds at its widest moments, beyond what its caller holds."""
+    def _layer_stages(self, layer: LayerConfig, matrices: _Matrices, tokens: int) -> Iterator[tuple[float, float]]:
+        """Of one layer."""
         b, hidden = self.itemsize, tokens * self.config.hidden_size
         q = tokens * layer.num_attention_heads * layer.head_dim * b
         kv = 0 if layer.kv_source is not None else tokens * layer.num_key_value_heads * layer.head_dim * b
+        x = hidden * b  # a norm, or a branch
         projected = q + (kv if layer.k_eq_v else 2 * kv)
-        yield projected + self._scratch(matrices, "self_attn.", tokens)
-        # Normalised heads beside the projections; then with attention's output, and the same as rows or turned queries,
-        # which may have more columns.
-        yield projected + q + 2 * kv
-        yield 2 * kv + 3.25 * q
-        yield q + hidden * b + self._scratch(matrices, "self_attn.o_proj", tokens)
-        # A branch that is added: the next residual stream and its norm beside what they are made of.
-        yield hidden * (4 + 2 * b)
+        yield x, projected + self._scratch(matrices, "self_attn.", tokens)
+        # Normalised heads beside the projections; then with attention's output.
+        yield 0, projected + q + 2 * kv
+        yield 0, 2 * q + max(2 * kv, self._rotated(layer, tokens))
+        yield x, q + self._scratch(matrices, "self_attn.o_proj", tokens)
+        yield 2 * x, 0  # a branch, and the norm of the stream that it was added to
         ffn = tokens * layer.intermediate_size * b
-        yield 2 * ffn + max(self._scratch(matrices, f"mlp.{name}", tokens) for name in ("gate", "up"))
-        yield 3 * ffn
-        yield ffn + hidden * b + self._scratch(matrices, "mlp.down_proj", tokens)
+        fused = matrices.get("mlp.gate_up_proj.weight")
+        if fused is not None and fused.type in MATVEC_TYPES:
+            yield x, ffn + self._gated(fused, tokens)
+        else:
+            yield x, 2 * ffn + max(self._scratch(matrices, f"mlp.{name}", tokens) for name in ("gate", "up"))
+            yield x, 3 * ffn
+        yield x, ffn + self._scratch(matrices, "mlp.down_proj", tokens)
         if self.config.num_experts:
             # The MLP's output, normed rows, the sum, and one expert that every token may have chosen.
             around = hidden * (2 * b + 4 + 4)
             expert = hidden * (2 * b + 8) + tokens * self.config.moe_intermediate_size * 6 * b
-            yield around + expert + self._scratch(matrices, "experts.", tokens)
+            yield 0, around + expert + self._scratch(matrices, "experts.", tokens)
+
+    def _rotated(self, layer: LayerConfig, tokens: int) -> float:
+        """Bytes of the queries that `gemma4.kernels.tq4_sdpa` holds rotated at a time, in float16."""
+        if layer.kind is not LayerKind.FULL:
+            return 0
+        columns = layer.head_dim * (5 if layer.k_eq_v else 4) // 4
+        heads = layer.num_attention_heads // layer.num_key_value_heads * -(-layer.num_key_value_heads // 2)
+        return 2 * tokens * heads * columns
+
+    def _gated(self, fused: LoadEntry, tokens: int) -> float:
+        """Bytes in `gemma4.kernels.gated_linear` beside its result: two pieces of products and one of weights."""
+        n, k = fused.shape
+        rows = piece_rows(n // 2, 2 * k * self.itemsize, SCRATCH_BYTES["cuda"])
+        return (2 * tokens * rows + rows * k) * self.itemsize
 
     def _scratch(self, matrices: _Matrices, prefix: str, tokens: int) -> float:
         """Bytes of decoded weights in the widest product of the weights whose names begin so."""
@@ -160,9 +172,7 @@ class Workspace:
         k, b = entry.shape[-1], self.itemsize
         n = entry.numel // k // (self.config.num_experts if name.startswith("experts.") else 1)
         if entry.type in MATVEC_TYPES:
-            pieces = -(-n * k * b // SCRATCH_BYTES)
-            rows = n if pieces == 1 else max(ALIGNED_ROWS, n // pieces // ALIGNED_ROWS * ALIGNED_ROWS)
-            return rows * k * b
+            return piece_rows(n, k * b, SCRATCH_BYTES["cuda"]) * k * b
         if entry.type is _MULTIPLIED[b]:
             return 0
         rows = min(n, max(1, CHUNK_BYTES // (4 * k)))

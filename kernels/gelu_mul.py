@@ -43,11 +43,12 @@ def gelu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
 def gelu_mul_kernel(
     gate_ptr,  # [M, K], row stride stride_m
     up_ptr,  # [M, K], row stride stride_m
-    x_ptr,  # [M, K], or with PLANES [PLANES, M, 4, ceil(K/64), 16] int8
+    x_ptr,  # [M, K], row stride stride_x, or with PLANES [PLANES, M, 4, ceil(K/64), 16] int8
     xs_ptr,  # [M, K//32] float32, written only with PLANES
     xsum_ptr,  # [M, K//16] float32, written only with PLANES
     M,
     stride_m,
+    stride_x,
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,7 +65,7 @@ def gelu_mul_kernel(
     up = tl.load(up_ptr + row * stride_m + at, mask=inside, other=0.0).to(tl.float32)
     x = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
     if PLANES == 0:
-        tl.store(x_ptr + row * K + at, x.to(x_ptr.dtype.element_ty), mask=inside)
+        tl.store(x_ptr + row * stride_x + at, x.to(x_ptr.dtype.element_ty), mask=inside)
     else:
         store_quantized(
             x, group, live,
@@ -83,7 +84,9 @@ def _check(name: str, gate: Tensor, up: Tensor, *, is_grouped: bool) -> None:
 
 
 def launch_gelu_mul(gate: Tensor, up: Tensor, out: tuple[Tensor, ...]) -> None:
-    """Run the kernel; on CPU tensors only where Triton interprets. Fills `out`: dense rows, or activations."""
+    """Run the kernel; on CPU tensors only where Triton interprets. Fills `out`: dense rows, which may be strided,
+    or activations.
+    """
     m, k = gate.shape
     wrap_triton(gelu_mul_kernel)[(triton.cdiv(k, UNIT * BLOCK_GROUPS // 2), m)](
         gate_ptr=gate,
@@ -93,6 +96,7 @@ def launch_gelu_mul(gate: Tensor, up: Tensor, out: tuple[Tensor, ...]) -> None:
         xsum_ptr=out[2] if len(out) > 1 else out[0],
         M=m,
         stride_m=gate.stride(0),
+        stride_x=out[0].stride(0),
         K=k,
         PLANES=out[0].shape[0] if len(out) > 1 else 0,
         BLOCK=BLOCK_GROUPS,

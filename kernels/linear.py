@@ -23,6 +23,7 @@ from gemma4.kernels.activations import launch_quantize_activations
 from gemma4.kernels.dequantize_planes import dequantize_planes
 from gemma4.kernels.packed_matvec import MAX_ROWS, launch_packed_matvec
 from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
+from gemma4.kernels.pieces import SCRATCH_BYTES, piece_rows
 from gemma4.kernels.q4_0_matvec import q4_0_matvec_kernel
 from gemma4.kernels.q4_1_matvec import q4_1_matvec_kernel
 from gemma4.kernels.q4_k_matvec import q4_k_matvec_kernel
@@ -42,11 +43,6 @@ __all__ = [
     "q6_k_linear",
     "q8_0_linear",
 ]
-
-SCRATCH_BYTES = {"cuda": 128 << 20, "cpu": 16 << 20}
-"""Most bytes of decoded weights held at a time, by device, save for the smallest piece."""
-ALIGNED_ROWS = 128
-"""Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
 
 
 @triton_op("gemma4::q4_k_linear", mutates_args={})
@@ -123,10 +119,9 @@ def _check(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> tuple[int, int]:
 def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
     """x: [M, K]. Returns [M, N], holding a bounded slice of decoded weights at a time."""
     n, k = planes[0].shape[0], x.shape[1]
-    pieces = -(-n * k * x.element_size() // SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"]))
-    if pieces == 1:
+    step = piece_rows(n, k * x.element_size(), SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"]))
+    if step == n:
         return dense_linear(x, dequantize_planes(name, planes, x.dtype))
-    step = max(ALIGNED_ROWS, n // pieces // ALIGNED_ROWS * ALIGNED_ROWS)
     parts = (tuple(plane[start : start + step] for plane in planes) for start in range(0, n, step))
     if torch.compiler.is_compiling():  # a compiler lets products write their part of the whole by itself
         return torch.cat([dense_linear(x, dequantize_planes(name, part, x.dtype)) for part in parts], dim=1)

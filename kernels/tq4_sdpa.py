@@ -106,8 +106,8 @@ def tq4_sdpa(
     for first in range(0, kv_heads, step):
         own, shared = slice(first * group, (first + step) * group), slice(first, first + step)
         queries = launch_rotate_queries(q[:, own], k_weight, turned)
-        cache = (x[:, shared] for x in (k_codes, k_scale, v_codes, v_scale))
-        attend(queries, *cache, input_pos, scale, out[:, own])
+        keys, values = (k_codes[:, shared], k_scale[:, shared]), (v_codes[:, shared], v_scale[:, shared])
+        attend(queries, *keys, *values, input_pos, scale, out[:, own])
         del queries
     return out
 

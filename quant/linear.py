@@ -7,8 +7,12 @@ from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gemma4.kernels import linear as ops
+from gemma4.kernels.gated_linear import gated_linear as _gated_linear
+from gemma4.kernels.gelu_mul import gelu_mul
+from gemma4.kernels.packed_matvec import MAX_ROWS
 from gemma4.kernels.q4_0_matvec import q4_0_matvec
 from gemma4.kernels.q4_1_matvec import q4_1_matvec
 from gemma4.kernels.q4_k_matvec import q4_k_matvec
@@ -70,6 +74,17 @@ class Linear(nn.Module):
         else:
             y = packed_linear(x[0], self.weight)
         return y if self.scale is None else (y.float() * self.scale).to(y.dtype)
+
+
+def gated_linear(x: Tensor, gate_up: Linear) -> Tensor:
+    """gelu_tanh(gate) * up [M, N] for x [M, K] and gate | up as one matrix [2N, K]."""
+    kind = gate_up.weight.ggml_type
+    if kind not in LINEAR_OPS or gate_up.scale is not None or statically_known_true(x.shape[0] <= MAX_ROWS):
+        gate, up = gate_up((x,)).chunk(2, dim=-1)
+        y: Tensor = gelu_mul(gate, up)
+    else:
+        y = _gated_linear(x, gate_up.weight.planes, kind.name.lower())
+    return y
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, rows: slice | None = None) -> Tensor:

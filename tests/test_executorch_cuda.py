@@ -68,7 +68,7 @@ def test_a_library_may_call_a_shim_while_it_is_loaded(tmp_path: Path) -> None:
     path = library(tmp_path, calls="aoti_torch_dtype_float32", at_once=True)
     assert check_library(memoryview(path.read_bytes()), path) == {"aoti_torch_dtype_float32"}
     path = library(tmp_path, calls="aoti_torch_no_such", at_once=True)
-    with pytest.raises(MalformedError, match="does not load: .*aoti_torch_no_such"):
+    with pytest.raises(MalformedError, match=r"does not load: .*aoti_torch_no_such"):
         check_library(memoryview(path.read_bytes()), path)
 
 

@@ -12,7 +12,6 @@ import torch
 from gemma4 import Gemma4, memory_plan, workspace
 from gemma4.cache import KVCache
 from gemma4.config import CacheKind, Gemma4Config
-from gemma4.kernels import linear as linear_ops
 from gemma4.kernels import turboquant
 from gemma4.mapping import plan_load
 from gemma4.memory_plan import CONTEXT_BYTES, MemoryModel, kv_tensors, weight_planes
@@ -85,8 +84,6 @@ def test_memory_to_unpack_every_type(kind: GGMLType) -> None:
 
 
 def test_limits_are_those_of_the_products() -> None:
-    assert linear_ops.SCRATCH_BYTES["cuda"] == workspace.SCRATCH_BYTES
-    assert workspace.ALIGNED_ROWS == linear_ops.ALIGNED_ROWS
     assert workspace.CHUNK_BYTES == linear._CHUNK_BYTES
     assert frozenset(linear.LINEAR_OPS) == workspace.MATVEC_TYPES
     assert turboquant.MIN_DIM == memory_plan._LEAST_TURBOQUANT_DIMS
@@ -129,8 +126,9 @@ def visible_peak(
 
 @pytest.fixture
 def without_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out of a plan the weights that ops decode inside themselves."""
-    monkeypatch.setattr(Workspace, "_scratch", lambda *_: 0.0)
+    """Leaves out of a plan what ops hold inside themselves: decoded weights, pieces of products, rotated queries."""
+    for name in ("_scratch", "_gated", "_rotated"):
+        monkeypatch.setattr(Workspace, name, lambda *_: 0.0)
 
 
 @pytest.mark.usefixtures("without_scratch")
@@ -151,7 +149,8 @@ def test_tensors_of_a_chunk_with_experts(tmp_path: Path) -> None:
     loaded = Gemma4.from_gguf(quantize(SHRUNKEN["26B-A4B"](), "Q8_0").write(tmp_path / "model.gguf"), device="cpu")
     planned = MemoryModel(loaded.config, loaded.plan, itemsize=4).at(256)
     peak = visible_peak(loaded.model, planned.chunk, 256, loaded.device)
-    assert peak <= loaded.model.workspace.prefill_bytes(planned.chunk) <= 1.25 * peak
+    # Every token may choose one expert; here each takes some.
+    assert peak <= loaded.model.workspace.prefill_bytes(planned.chunk) <= 1.6 * peak
     assert peak <= planned.prefill_bytes
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemma4 import Gemma4
-from gemma4.model import MLP, DecoderLayer
+from gemma4.model import MLP, DecoderLayer, Stream
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.rows import DenseRows, PackedRows, RowMaker
 from tests.kernels.triton_without_gpu import run_interpreted
@@ -64,7 +64,7 @@ def rows(tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -
 @torch.inference_mode()
 def run(model: Gemma4, layer: int, x: Tensor, make: RowMaker | None = None) -> Tensor:
     make = make or DenseRows(x.dtype)
-    return mlp_of(model, layer)(make.plain(x), make)
+    return mlp_of(model, layer)(Stream(x, make.plain(x)), make)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
