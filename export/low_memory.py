@@ -165,6 +165,8 @@ def _settings(device: torch.device) -> dict[str, Any]:
         "always_keep_tensor_constants": True,
         # Its order makes what all layers' kernels will write at the very beginning; ours makes it where it is written.
         "reorder_for_peak_memory": False,
+        # Its order decodes all pieces of a weight before the first is multiplied.
+        "reorder_for_locality": False,
         # The code between kernels: optimizing it takes minutes and saves microseconds.
         "aot_inductor.compile_wrapper_opt_level": "O0",
     }
