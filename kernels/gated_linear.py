@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from gemma4.kernels.activations import GROUP
 from gemma4.kernels.dequantize_planes import dequantize_planes
 from gemma4.kernels.gelu_mul import gelu_mul_reference, launch_gelu_mul
 from gemma4.kernels.linear import dense_linear
@@ -61,8 +62,8 @@ def _check(x: Tensor, planes: Sequence[Tensor], format_name: str) -> tuple[int, 
     n, k = check_planes(PACKED_FORMATS[format_name], tuple(planes))
     if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"gated_linear: x must be bfloat16 or float32 [M, {k}], got {x.dtype} {list(x.shape)}")
-    if n % 2:
-        raise ValueError(f"gated_linear: the rows of gate and up must be as many, got {n} in all")
+    if n % 2 or (n % (2 * GROUP) and x.device.type != "cpu"):
+        raise ValueError(f"gated_linear: gate and up must be as many rows, a multiple of {GROUP}, got {n} in all")
     if x.device != planes[0].device:
         raise ValueError(f"gated_linear: x is on {x.device}, the weight on {planes[0].device}")
     return n // 2, k

@@ -11,7 +11,7 @@ from gemma4.kernels.pieces import piece_rows
 from tests.kernels.attention_cases import poisoned_outputs, relative_error
 from tests.kernels.packed_cases import NAMES, Weight, make_rows, make_weight
 
-N, K = 300, 768  # of gate, and of up
+N, K = 320, 768  # of gate, and of up
 
 
 class GatedProduct(torch.nn.Module):
@@ -90,6 +90,8 @@ def test_refusals() -> None:
             gated_linear(bad, planes, "q4_k")
     with pytest.raises(ValueError, match="got 63 in all"):
         gated_linear(x, tuple(plane[:63] for plane in planes), "q4_k")
+    with pytest.raises(ValueError, match="got 48 in all"):
+        gated_linear(x.to("meta"), tuple(plane[:48].to("meta") for plane in planes), "q4_k")
 
 
 @pytest.mark.gpu
