@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma4.programmatic_edges import make_programmatic
+from gemma4.quant.reserve import reserve_blocks
 from gemma4.sampling import SamplingParams, sample
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from gemma4.model import TextModel
 
 _WARM_UP_STEPS = 2
+_STEP_BYTES = 10 << 20
+"""Memory of a captured step: asked for less at first, PyTorch takes 20 MiB."""
 
 
 class DecodeLoop:
@@ -110,6 +113,7 @@ class DecodeLoop:
         graph = torch.cuda.CUDAGraph(keep_graph=bool(self.dependent_kernels))
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph):
+            reserve_blocks([_STEP_BYTES], self.token.device)
             self._step()
         if self.dependent_kernels:
             make_programmatic(graph.raw_cuda_graph(), self.dependent_kernels)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from gemma4.config import Gemma4Config, LayerConfig, LayerKind
-from gemma4.kernels.pieces import SCRATCH_BYTES, piece_rows
+from gemma4.kernels.pieces import ROTATED_BYTES, SCRATCH_BYTES, piece_rows
 from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
 
@@ -154,8 +154,8 @@ class Workspace:
         if layer.kind is not LayerKind.FULL:
             return 0
         columns = layer.head_dim * (5 if layer.k_eq_v else 4) // 4
-        heads = layer.num_attention_heads // layer.num_key_value_heads * -(-layer.num_key_value_heads // 2)
-        return 2 * tokens * heads * columns
+        of_one = 2 * tokens * layer.num_attention_heads // layer.num_key_value_heads * columns
+        return min(layer.num_key_value_heads * of_one, max(of_one, ROTATED_BYTES))
 
     def _gated(self, fused: LoadEntry, tokens: int) -> float:
         """Bytes in `gemma4.kernels.gated_linear` beside its result: two pieces of products and one of weights."""

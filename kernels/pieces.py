@@ -1,4 +1,4 @@
-"""How a packed weight is decoded for a product: so many of its rows at a time. Plain numbers, no torch."""
+"""How much of a pass is held at a time where all of it is not needed at once. Plain numbers, no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ SCRATCH_BYTES: Final = {"cuda": 80 << 20, "cpu": 16 << 20}
 """About the most bytes of decoded weights held at a time, by device, save for the smallest piece."""
 ALIGNED_ROWS: Final = 128
 """Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
+ROTATED_BYTES: Final = 24 << 20
+"""Most bytes of rotated queries held at a time in a TurboQuant cache's attention, save for those of one KV head."""
 
 
 def piece_rows(n: int, row_bytes: int, scratch_bytes: int) -> int:

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op
 
 from gemma4.kernels.decode_attention import MAX_TOKENS
+from gemma4.kernels.pieces import ROTATED_BYTES
 from gemma4.kernels.split_merge import by_token, empty_heads
 from gemma4.kernels.tq4_decode import tq4_decode
 from gemma4.kernels.tq4_prefill import tq4_prefill
@@ -78,6 +79,16 @@ def _check(
         raise ValueError(f"input_pos must be int64 [{q.shape[2]}], got {input_pos.dtype} {list(input_pos.shape)}")
 
 
+def heads_at_once(tokens: int, columns: int, kv_heads: int) -> int:
+    """KV heads whose queries of a chunk are rotated and attend at a time. columns: of the rotated queries of one.
+
+    One where the number of tokens is open: results are the same, and a graph cannot choose.
+    """
+    if not isinstance(tokens, int):
+        return 1
+    return max(1, min(kv_heads, ROTATED_BYTES // (2 * tokens * columns)))
+
+
 @triton_op("gemma4::tq4_sdpa", mutates_args={})
 def tq4_sdpa(
     q: Tensor,
@@ -102,7 +113,8 @@ def tq4_sdpa(
     kv_heads, group = k_codes.shape[1], q.shape[1] // k_codes.shape[1]
     is_few = guard_or_false(q.shape[2] <= MAX_TOKENS)
     attend = tq4_decode if is_few else tq4_prefill
-    step = kv_heads if is_few else -(-kv_heads // 2)  # of a chunk, half of the rotated queries are alive
+    columns = group * (q.shape[3] if k_weight is None else turned + q.shape[3])
+    step = kv_heads if is_few else heads_at_once(q.shape[2], columns, kv_heads)
     for first in range(0, kv_heads, step):
         own, shared = slice(first * group, (first + step) * group), slice(first, first + step)
         queries = launch_rotate_queries(q[:, own], k_weight, turned)
