@@ -3,12 +3,13 @@
 program    loads in `executorch.runtime`; its methods and constants read back
 weights    each one in the data file has the bytes of the model's own, and none is missing
 libraries  the library of each CUDA method loads, has the entry points that the backend calls, and needs no symbol
-           but those of the libraries it names and of the backend's shims
+           but those of the libraries it names, of the CUDA runtime and of the backend's shims
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,8 @@ _SHIMS: Final = (
 )
 SHIMS: Final = frozenset(f"aoti_torch_{name}" for name in _SHIMS)
 """Functions that ExecuTorch's CUDA backend offers to the libraries it loads (its `common_shims` and `shims/*.h`)."""
+# The CUDA runtime, which the backend is linked with, has functions of such names.
+_CUDA_RUNTIME: Final = re.compile("cuda[A-Z]")
 # Torch has functions of the same names, which a library may call while it is loaded.
 _TORCH_FUNCTIONS: Final = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 _CHUNK_BYTES: Final = 64 << 20
@@ -132,10 +135,11 @@ def check_library(library: memoryview, path: Path) -> set[str]:
         reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise MalformedError(f"a library does not load: {reason}", path=path)
     unresolved = set(json.loads(done.stdout.splitlines()[-1]))
-    unknown = unresolved - SHIMS
+    shims = {name for name in unresolved if not _CUDA_RUNTIME.match(name)}
+    unknown = shims - SHIMS
     if unknown:
         raise MalformedError(f"a library needs what ExecuTorch lacks: {', '.join(sorted(unknown))}", path=path)
-    return unresolved
+    return shims
 
 
 def _load(program: Path, data: Path) -> tuple[set[str], dict[str, tuple[Any, ...]]]:

@@ -2,7 +2,7 @@
 
 The two products are the widest tensors of a pass, so columns are taken a piece at a time: decode the piece's rows of
 gate and multiply, the same for up, and write their gated product into its columns of the result. Beside that there are
-two pieces of products and one of decoded weights. Products are those of `gemma4.kernels.linear`.
+two pieces of products and one of decoded weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.library import triton_op
 from gemma4.kernels.activations import GROUP
 from gemma4.kernels.dequantize_planes import dequantize_planes
 from gemma4.kernels.gelu_mul import gelu_mul_reference, launch_gelu_mul
-from gemma4.kernels.linear import dense_linear
+from gemma4.kernels.linear import compiled_linear, dense_linear
 from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
 from gemma4.kernels.pieces import SCRATCH_BYTES, piece_rows
 
@@ -33,8 +33,8 @@ def gated_linear(x: Tensor, planes: Sequence[Tensor], format_name: str) -> Tenso
     def product(weight: Sequence[Tensor], rows: slice) -> Tensor:
         return dense_linear(x, dequantize_planes(format_name, tuple(plane[rows] for plane in weight), x.dtype))
 
-    if torch.compiler.is_compiling():  # a compiler lets pieces write their part of the whole by itself
-        return torch.cat([_gated(product(gate, rows), product(up, rows)) for rows in pieces], dim=1)
+    if torch.compiler.is_compiling():
+        return _gated(*(compiled_linear(format_name, x, weight, step) for weight in (gate, up)))
     y = x.new_empty((x.shape[0], n))
     for rows in pieces:
         _gated(product(gate, rows), product(up, rows), y[:, rows])

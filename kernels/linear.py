@@ -11,7 +11,7 @@ M is the number of rows of x. Where M is symbolic (an exported prefill), the dec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from gemma4.kernels.activations import launch_quantize_activations
 from gemma4.kernels.dequantize_planes import dequantize_planes
 from gemma4.kernels.packed_matvec import MAX_ROWS, launch_packed_matvec
 from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
-from gemma4.kernels.pieces import SCRATCH_BYTES, piece_rows
+from gemma4.kernels.pieces import COMPILED_PIECES, SCRATCH_BYTES, piece_rows
 from gemma4.kernels.q4_0_matvec import q4_0_matvec_kernel
 from gemma4.kernels.q4_1_matvec import q4_1_matvec_kernel
 from gemma4.kernels.q4_k_matvec import q4_k_matvec_kernel
@@ -122,13 +122,23 @@ def _decoded_linear(name: str, x: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
     step = piece_rows(n, k * x.element_size(), SCRATCH_BYTES.get(x.device.type, SCRATCH_BYTES["cuda"]))
     if step == n:
         return dense_linear(x, dequantize_planes(name, planes, x.dtype))
-    parts = (tuple(plane[start : start + step] for plane in planes) for start in range(0, n, step))
-    if torch.compiler.is_compiling():  # a compiler lets products write their part of the whole by itself
-        return torch.cat([dense_linear(x, dequantize_planes(name, part, x.dtype)) for part in parts], dim=1)
+    if torch.compiler.is_compiling():
+        return compiled_linear(name, x, planes, step)
+    parts = zip(*(plane.split(step) for plane in planes), strict=True)
     y = x.new_empty((x.shape[0], n))
     for part, columns in zip(parts, y.split(step, dim=1), strict=True):
         dense_linear(x, dequantize_planes(name, part, x.dtype), out=columns)
     return y
+
+
+def compiled_linear(name: str, x: Tensor, planes: Sequence[Tensor], step: int) -> Tensor:
+    """The same products of `step` rows each, for a compiler: kernels cost it time, so more rows are decoded at a time.
+
+    It lets products write their part of the whole by itself.
+    """
+    parts = zip(*(plane.split(COMPILED_PIECES * step) for plane in planes), strict=True)
+    decoded = (dequantize_planes(name, part, x.dtype) for part in parts)
+    return torch.cat([dense_linear(x, piece) for part in decoded for piece in part.split(step)], dim=1)
 
 
 def dense_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

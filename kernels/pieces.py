@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-SCRATCH_BYTES: Final = {"cuda": 80 << 20, "cpu": 16 << 20}
+SCRATCH_BYTES: Final = {"cuda": 85 << 20, "cpu": 16 << 20}
 """About the most bytes of decoded weights held at a time, by device, save for the smallest piece."""
 ALIGNED_ROWS: Final = 128
 """Pieces are multiples of this many rows: cuBLAS is slow on outputs that do not start at whole tiles."""
+COMPILED_PIECES: Final = 3
+"""Pieces decoded at a time in a compiled program."""
 ROTATED_BYTES: Final = 24 << 20
 """Most bytes of rotated queries held at a time in a TurboQuant cache's attention, save for those of one KV head."""
 

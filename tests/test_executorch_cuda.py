@@ -72,6 +72,11 @@ def test_a_library_may_call_a_shim_while_it_is_loaded(tmp_path: Path) -> None:
         check_library(memoryview(path.read_bytes()), path)
 
 
+def test_the_cuda_runtime_comes_with_the_backend(tmp_path: Path) -> None:
+    path = library(tmp_path, calls="cudaEventRecord")
+    assert check_library(memoryview(path.read_bytes()), path) == set()
+
+
 def test_what_executorch_lacks_is_named(tmp_path: Path) -> None:
     path = library(tmp_path, calls="aoti_torch_cuda_mm_out")
     with pytest.raises(MalformedError, match="lacks: aoti_torch_cuda_mm_out"):

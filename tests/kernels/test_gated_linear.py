@@ -39,8 +39,8 @@ def exact(x: Tensor, weight: Weight) -> Tensor:
 def test_sizes_of_pieces() -> None:
     assert piece_rows(300, 100, 30000) == 300
     assert piece_rows(300, 100, 29999) == 256
-    assert piece_rows(21504, 2 * 2 * 5376, 80 << 20) == 3584
-    assert piece_rows(5376, 2 * 21504, 80 << 20) == 1792
+    assert piece_rows(21504, 2 * 2 * 5376, 85 << 20) == 3584
+    assert piece_rows(5376, 2 * 21504, 85 << 20) == 1792
     assert piece_rows(1000, 1 << 20, 1) == 128
 
 
