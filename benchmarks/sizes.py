@@ -44,7 +44,8 @@ plans for a file at hand, by purpose.
 - load s, measured, tok/s: seconds from a file in memory to a model that is ready; the most the process took of the GPU
   with the caches for {SHORT:,} positions and a prefill of one chunk, and with decoding where that was timed; tokens
   decoded per second after that chunk. All pairs ran in one process on random weights, and what is compiled for one
-  stays: that counts as measured, too. "-": not measured.
+  stays: that counts as measured, too. "-": not measured. Plans hold the decode step beside a prompt, which takes
+  much where a type has no kernel of its own (IQ4_XS) and for experts: it is not in what was measured without tok/s.
 """
 TABLE = f"""
 | size | recipe | bits per weight | GB | load s | GiB at {SHORT:,} | measured | tok/s | full context | \

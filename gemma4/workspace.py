@@ -39,6 +39,9 @@ _DECODE_FACTOR: Final[Mapping[GGMLType, float]] = {
     GGMLType.Q5_1: 3.5,
     GGMLType.Q5_K: 3.5,
     GGMLType.Q6_K: 4.3,
+    GGMLType.IQ4_NL: 2.5,
+    GGMLType.IQ4_XS: 2.5,
+    GGMLType.MXFP4: 2.5,
 }
 _OTHER_FACTOR: Final = 2.85
 # Dense matrices that are multiplied as they are, by bytes of an activation.
