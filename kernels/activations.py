@@ -8,8 +8,10 @@ A group of 32 activations x with largest magnitude a is stored as integers q and
 and `sums` holds s * sum(q) of every 16, which the formats with an offset per group need. Two planes keep a
 relative error near 2e-5, below bfloat16's; one plane keeps 5e-3 to 9e-3.
 
-A plane is stored as [M, 4, ceil(K/64), 16]: plane[m, s, u, b] is activation 64u + 16s + b, so that neighbouring
-threads of a matvec, each working on one unit u of 64, read neighbouring 16 bytes. Past K the planes hold zeros.
+Fewer than FRAGMENT_ROWS rows are stored as [planes, M, 4, ceil(K/64), 16]: [p, m, s, u, b] is activation 64u + 16s + b
+of row m, so that neighbouring threads of a matvec, each working on one unit u of 64, read neighbouring 16 bytes. More
+rows are stored as [planes, ceil(K/64), M, 4, 16], as the lanes of matrix instructions take them: [p, u, m, t, 8h + b]
+is activation 64u + 32h + 8t + b. Past K the planes hold zeros.
 
 The int8 idea is that of llama.cpp's `quantize_q8_1`; the second plane is this library's.
 """
@@ -25,6 +27,8 @@ from torch.library import triton_op, wrap_triton
 from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_options
 
 __all__ = [
+    "activation_runs",
+    "activation_shape",
     "dequantize_activations",
     "empty_activations",
     "quantize_activations",
@@ -34,6 +38,8 @@ __all__ = [
 
 GROUP = 32
 UNIT = 64
+FRAGMENT_ROWS = tl.constexpr(4)
+"""From this many rows on, planes are stored for matrix instructions."""
 BLOCK_GROUPS = 32
 """Groups handled by one program."""
 TINY = 1e-30
@@ -54,16 +60,51 @@ def quantize_activations_reference(x: Tensor, planes: int = 2) -> tuple[Tensor, 
     high = (q + 128) >> 8 if planes == 2 else q
     parts = [high, q - (high << 8)] if planes == 2 else [high]
     packed = torch.stack(parts).to(torch.int8).reshape(planes, m, k)
-    padded = torch.nn.functional.pad(packed, (0, -k % UNIT)).reshape(planes, m, -1, 4, 16)
-    return padded.transpose(2, 3).contiguous(), scale.reshape(m, -1), sums.reshape(m, -1)
+    padded = torch.nn.functional.pad(packed, (0, -k % UNIT))
+    if m < FRAGMENT_ROWS.value:
+        padded = padded.reshape(planes, m, -1, 4, 16).transpose(2, 3)
+    else:
+        padded = padded.reshape(planes, m, -1, 2, 4, 8).permute(0, 2, 1, 4, 3, 5).flatten(4)
+    return padded.contiguous(), scale.reshape(m, -1), sums.reshape(m, -1)
 
 
 def dequantize_activations(xq: Tensor, xs: Tensor) -> Tensor:
-    """The float32 [M, K] that int8 planes [P, M, 4, ceil(K/64), 16] and scales [M, K/32] stand for."""
+    """The float32 [M, K] that int8 planes of `activation_shape` and scales [M, K/32] stand for."""
     q = xq[0].float() if xq.shape[0] == 1 else xq[0].float() * 256.0 + xq[1].float()
-    q = q.transpose(1, 2).flatten(1)[:, : xs.shape[1] * GROUP]
+    is_by_row = xs.shape[0] < FRAGMENT_ROWS.value
+    q = q.transpose(1, 2) if is_by_row else q.unflatten(-1, (2, 8)).permute(1, 0, 3, 2, 4)
+    q = q.flatten(1)[:, : xs.shape[1] * GROUP]
     x: Tensor = (q.unflatten(-1, (-1, GROUP)) * xs[..., None]).flatten(-2)
     return x
+
+
+def activation_shape(planes: int, m: int, k: int) -> tuple[int, ...]:
+    """Shape of the int8 planes of m rows of k activations."""
+    if m < FRAGMENT_ROWS.value:
+        return (planes, m, 4, triton.cdiv(k, UNIT), 16)
+    return (planes, triton.cdiv(k, UNIT), m, 4, 16)
+
+
+@triton.jit
+def activation_runs(plane, row, sixteenth, M, K: tl.constexpr):
+    """Where activations 16 * sixteenth + 0 to 7 of a row are, and 8 to 15, counted in runs of 8 of all M rows."""
+    UNITS: tl.constexpr = (K + 63) // 64
+    if M < FRAGMENT_ROWS:
+        first = (((plane * M + row) * 4 + (sixteenth & 3)) * UNITS + (sixteenth >> 2)) * 2
+        second = first + 1
+    else:
+        unit = (plane * UNITS + (sixteenth >> 2)) * M + row
+        first = unit * 8 + (sixteenth & 1) * 4 + ((sixteenth >> 1) & 1)
+        second = first + 2
+    return first, second
+
+
+@triton.jit
+def _store_plane(xq_ptr, q, plane, row, sixteenth, inside, M, K: tl.constexpr):
+    byte = tl.arange(0, 16)[None, None, :]
+    first, second = activation_runs(plane, row, sixteenth, M, K)
+    at = tl.where(byte < 8, first[:, :, None], second[:, :, None]) * 8 + byte % 8
+    tl.store(xq_ptr + at, q.to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -71,10 +112,11 @@ def store_quantized(
     x,  # [groups, 2, 16] float32
     group,  # [groups] index of each group in its row
     live,  # [groups] whether the group exists
-    xq_row_ptr,  # plane 0 of this row, [4, ceil(K/64), 16] int8
-    plane_stride,
-    xs_row_ptr,  # [K//32] float32
-    xsum_row_ptr,  # [K//16] float32
+    row,  # int64
+    M,
+    xq_ptr,  # int8 planes of M rows
+    xs_ptr,  # [M, K//32] float32
+    xsum_ptr,  # [M, K//16] float32
     K: tl.constexpr,
     PLANES: tl.constexpr,
 ):
@@ -91,24 +133,22 @@ def store_quantized(
     q = tl.minimum(tl.maximum(q, -LEVELS), LEVELS).to(tl.int32)
     half = tl.arange(0, 2)
     sixteenth = group[:, None] * 2 + half[None, :]
-    at = ((sixteenth & 3) * UNITS + (sixteenth >> 2)) * 16
-    at = at[:, :, None] + tl.arange(0, 16)[None, None, :]
     inside = (group < UNITS * 2)[:, None, None]
     if PLANES == 2:
         high = (q + 128) >> 8
-        tl.store(xq_row_ptr + plane_stride + at, (q - (high << 8)).to(tl.int8), mask=inside)
+        _store_plane(xq_ptr, q - (high << 8), 1, row, sixteenth, inside, M, K)
     else:
         high = q
-    tl.store(xq_row_ptr + at, high.to(tl.int8), mask=inside)
-    tl.store(xs_row_ptr + group, scale, mask=live)
+    _store_plane(xq_ptr, high, 0, row, sixteenth, inside, M, K)
+    tl.store(xs_ptr + row * (K // 32) + group, scale, mask=live)
     sums = scale[:, None] * tl.sum(q, axis=2).to(tl.float32)
-    tl.store(xsum_row_ptr + sixteenth, sums, mask=live[:, None])
+    tl.store(xsum_ptr + row * (K // 16) + sixteenth, sums, mask=live[:, None])
 
 
 @triton.jit
 def quantize_activations_kernel(
     x_ptr,  # [M, K]
-    xq_ptr,  # [PLANES, M, 4, ceil(K/64), 16] int8
+    xq_ptr,  # int8 planes, of `activation_shape`
     xs_ptr,  # [M, K//32] float32
     xsum_ptr,  # [M, K//16] float32
     M,
@@ -123,12 +163,7 @@ def quantize_activations_kernel(
     live = group < K // 32
     at = group[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     x = tl.load(x_ptr + row * K + at, mask=live[:, None, None], other=0.0).to(tl.float32)
-    UNITS: tl.constexpr = (K + 63) // 64
-    store_quantized(
-        x, group, live,
-        xq_ptr + row * (UNITS * 64), M * (UNITS * 64), xs_ptr + row * (K // 32), xsum_ptr + row * (K // 16),
-        K, PLANES,
-    )  # fmt: skip
+    store_quantized(x, group, live, row, M, xq_ptr, xs_ptr, xsum_ptr, K, PLANES)
 
 
 def _check(x: Tensor, planes: int) -> None:
@@ -144,7 +179,7 @@ def empty_activations(x: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten planes, scales and sums for rows like x [M, K]."""
     m, k = x.shape
     return (
-        x.new_empty((planes, m, 4, triton.cdiv(k, UNIT), 16), dtype=torch.int8),
+        x.new_empty(activation_shape(planes, m, k), dtype=torch.int8),
         x.new_empty((m, k // GROUP), dtype=torch.float32),
         x.new_empty((m, k // (GROUP // 2)), dtype=torch.float32),
     )
@@ -176,7 +211,7 @@ def launch_quantize_activations(x: Tensor, planes: int) -> tuple[Tensor, Tensor,
 def quantize_activations(x: Tensor, planes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """x: bfloat16 or float32 [M, K], K a multiple of 32.
 
-    Returns int8 [planes, M, 4, ceil(K/64), 16], float32 scales [M, K/32] and float32 sums [M, K/16]. A NaN or infinite
+    Returns int8 planes of `activation_shape`, float32 scales [M, K/32] and float32 sums [M, K/16]. A NaN or infinite
     activation makes the scale and the sums of its group NaN. Raises ValueError for another shape or dtype.
     """
     if x.device.type == "cpu":

@@ -77,7 +77,7 @@ def fused_norm_kernel(
     scale_ptr,  # [1] float32, read only with HAS_SCALE
     weight_ptr,  # [K] float32
     h_out_ptr,  # [M, K] float32, written only with HAS_BRANCH
-    x_ptr,  # [M, K], or with PLANES [PLANES, M, 4, ceil(K/64), 16] int8
+    x_ptr,  # [M, K], or with PLANES the int8 planes of activations
     xs_ptr,  # [M, K//32] float32, written only with PLANES
     xsum_ptr,  # [M, K//16] float32, written only with PLANES
     M,
@@ -91,7 +91,6 @@ def fused_norm_kernel(
     IN_PLACE: tl.constexpr,  # h_out is h
     PDL: tl.constexpr,
 ):
-    UNITS: tl.constexpr = (K + 63) // 64
     eps = tl.cast(eps, tl.float32)  # a compiler may hand it over as float64
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -123,11 +122,7 @@ def fused_norm_kernel(
     if PLANES == 0:
         tl.store(x_ptr + row * K + at, x.to(x_ptr.dtype.element_ty), mask=inside)
     else:
-        store_quantized(
-            x, group, live,
-            x_ptr + row * (UNITS * 64), M * (UNITS * 64), xs_ptr + row * (K // 32), xsum_ptr + row * (K // 16),
-            K, PLANES,
-        )  # fmt: skip
+        store_quantized(x, group, live, row, M, x_ptr, xs_ptr, xsum_ptr, K, PLANES)
 
 
 def _check(name: str, h: Tensor, y: Tensor | None, weights: tuple[Tensor, ...]) -> None:

@@ -43,7 +43,7 @@ def gelu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
 def gelu_mul_kernel(
     gate_ptr,  # [M, K], row stride stride_m
     up_ptr,  # [M, K], row stride stride_m
-    x_ptr,  # [M, K], row stride stride_x, or with PLANES [PLANES, M, 4, ceil(K/64), 16] int8
+    x_ptr,  # [M, K], row stride stride_x, or with PLANES the int8 planes of activations
     xs_ptr,  # [M, K//32] float32, written only with PLANES
     xsum_ptr,  # [M, K//16] float32, written only with PLANES
     M,
@@ -54,7 +54,6 @@ def gelu_mul_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    UNITS: tl.constexpr = (K + 63) // 64
     await_inputs(PDL)
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -67,11 +66,7 @@ def gelu_mul_kernel(
     if PLANES == 0:
         tl.store(x_ptr + row * stride_x + at, x.to(x_ptr.dtype.element_ty), mask=inside)
     else:
-        store_quantized(
-            x, group, live,
-            x_ptr + row * (UNITS * 64), M * (UNITS * 64), xs_ptr + row * (K // 32), xsum_ptr + row * (K // 16),
-            K, PLANES,
-        )  # fmt: skip
+        store_quantized(x, group, live, row, M, x_ptr, xs_ptr, xsum_ptr, K, PLANES)
 
 
 def _check(name: str, gate: Tensor, up: Tensor, *, is_grouped: bool) -> None:

@@ -17,14 +17,14 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from gemma4.kernels.activations import dequantize_activations
+from gemma4.kernels.activations import FRAGMENT_ROWS, activation_shape, dequantize_activations
 from gemma4.kernels.dependent_launch import dependent_launch_options
 from gemma4.kernels.packed_mma import launch_packed_mma
 from gemma4.kernels.packed_planes import PACKED_FORMATS, check_planes
 
 MAX_ROWS = 8
 """Most rows M of x that a matvec op takes."""
-MMA_ROWS = 4
+MMA_ROWS = FRAGMENT_ROWS.value
 """From this many rows of x on, tensor cores take less time than repeating a matvec's arithmetic."""
 MMA_FORMATS = frozenset({"q4_k", "q5_k", "q6_k", "q8_0"})
 """The formats it takes: of the others each of its instructions would multiply only a quarter of what it could."""
@@ -55,11 +55,11 @@ def matvec_tile(name: str, n: int, k: int, m: int) -> dict[str, int]:
 
 def check_activations(name: str, xq: Tensor, xs: Tensor, xsum: Tensor, k: int) -> tuple[int, int]:
     """Return (planes, M). Raises ValueError naming the tensor that does not fit a weight with K = k."""
-    inner = (4, triton.cdiv(k, 64), 16)
-    if xq.dim() != 5 or xq.shape[0] not in (1, 2) or tuple(xq.shape[2:]) != inner or xq.dtype != torch.int8:
-        expected = f"int8 [1 or 2, M, {', '.join(map(str, inner))}] for K = {k}"
+    planes, m = xq.shape[0], xs.shape[0]
+    shape = activation_shape(planes, m, k)
+    if planes not in (1, 2) or tuple(xq.shape) != shape or xq.dtype != torch.int8:
+        expected = f"int8 [1 or 2, {', '.join(map(str, shape[1:]))}] for M = {m}, K = {k}"
         raise ValueError(f"{name}: xq must be {expected}, got {xq.dtype} {list(xq.shape)}")
-    planes, m = xq.shape[:2]
     if not 1 <= m <= MAX_ROWS:
         raise ValueError(f"{name}: M must be 1 to {MAX_ROWS}, got {m}")
     for label, tensor, group in (("xs", xs, 32), ("xsum", xsum, 16)):

@@ -7,9 +7,10 @@ of x, so that time depends less on M. One kernel serves all formats. Three const
     SUPER    whether scales are integer codes times float16 factors of a block of 256 (the K-quants)
     OFFSET   whether w = scale * q + offset; otherwise w = scale * (q - 2^(BITS-1)), or scale * q with 8 bits
 
-A program multiplies 8 * R rows of W with one of SPLIT parts of K, which its KW warps share out by spans of 128; a
-second kernel adds up the parts. The sum over K of one output depends on SPLIT and KW, which follow from K alone, never
-on N, M, R or on the other rows of W and x in the launch. Sums inside a group of 32 are exact integers.
+A program multiplies 8 * R rows of W with one of SPLIT parts of K, which its KW warps share out by steps: a block of 256
+of a K-quant, otherwise a span of 128. A second kernel adds up the parts. The sum over K of one output depends on SPLIT
+and KW, which follow from K alone, never on N, M, R or on the other rows of W and x in the launch. Sums inside a group
+of 32 are exact integers.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from gemma4.kernels.dependent_launch import await_inputs, dependent_launch_optio
 from gemma4.kernels.dp4a import signed_byte
 from gemma4.kernels.packed_mma_tile import (
     MAGIC_BITS,
-    activation_operand,
     column_factor,
+    fetch_activations,
     fetch_scales,
     fetch_words,
-    halves,
+    half_masks,
     integers,
     joined_planes,
     load_run,
     row_factor,
+    scaled_sums,
     weight_operand,
+    zero_after_loads,
 )
 from gemma4.kernels.packed_planes import PACKED_FORMATS
 from gemma4.kernels.packed_tile import float_byte, float_half
@@ -54,24 +57,23 @@ PARTS_BLOCK = 1024
 
 @triton.jit
 def add_span(
-    sums,  # (scaled products, scaled sums of x): [T, G, KW, R, C] float32
-    words,  # of `fetch_words`
-    scales,  # of `fetch_scales`
+    total,  # scaled products: [T, G, KW, R, C] float32
+    weights,  # two of `fetch_words`
+    scales,  # two words of codes of a K-quant, otherwise those of `fetch_scales`
     span,  # [T, G, KW, 1] int32
-    t,
-    m,  # [T, G, KW, C] rows of x of a thread's sums
-    column,  # [T, G, KW, tiles] rows of xq [PLANES * M] a thread loads
-    xq_ptr,
-    xs_ptr,
-    xsum_ptr,
+    lanes,
+    x_ptrs,
+    ahead: tl.constexpr,  # spans from `span` to this one
+    M: tl.constexpr,
     K: tl.constexpr,
     PLANES: tl.constexpr,
     BITS: tl.constexpr,
     SUPER: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """Sums with the products of one span of 128 added. A K-quant's factors d and dmin are left to the caller."""
-    total, offsets = sums
+    """total with the products of one span of 128 added. A K-quant's factors and offsets are left to the caller."""
+    t, _, m, masks = lanes
+    x_ptr, xs_ptr, xsum_ptr = x_ptrs
     KW: tl.constexpr = total.shape[2]
     R: tl.constexpr = total.shape[3]
     C: tl.constexpr = total.shape[4]
@@ -79,73 +81,106 @@ def add_span(
     UNSHIFT: tl.constexpr = 1.0 / (1 << SHIFT)
     IN_ORDER: tl.constexpr = SUPER or BITS == 8  # otherwise a nibble byte holds weights of one group, 16 apart
     ALIGNED: tl.constexpr = K % 128 == 0
-    UNITS: tl.constexpr = (K + 63) // 64
-    if ALIGNED:
-        span = tl.minimum(span, K // 128 - 1)
-    unit = span * 2 + (t >> 1)
-    if not ALIGNED:
-        unit = tl.minimum(unit, UNITS - 1)
-    magic = tl.full((KW, R * 8, column.shape[3] * 8), MAGIC_BITS, tl.int32)
-    xs = load_run(xs_ptr, m * (K // 32), span * 4, None, K // 32, 4, ALIGNED)
-    if OFFSET:
-        xsum = load_run(xsum_ptr, m * (K // 16), span * 8, None, K // 16, 8, ALIGNED)
-    four = tl.arange(0, 4)[None, None, None, None, :]
-    q, x = (), ()
-    for n in tl.static_range(2):
-        first, last = halves(integers(words, n, BITS, SHIFT))
-        q = q + (weight_operand(first), weight_operand(last))  # type: ignore[assignment]  # noqa: RUF005
-        sixteenth = n * 2 + (t & 1) if IN_ORDER else (t & 1) * 2 + n
-        at = (((column * 4 + sixteenth) * UNITS + unit) * 4)[:, :, :, :, None]
-        x = x + halves(tl.load(xq_ptr.to(tl.pointer_type(tl.int32)) + at + four))
-    for i in tl.static_range(4):
-        s = column_factor(xs[i])
-        if SUPER and not OFFSET:
-            for half in tl.static_range(2):
-                chosen = -(t == (i // 2) * 2 + half).to(tl.int32)
-                dot = magic
-                for p in tl.static_range(2):
-                    dot = tl.dot(
-                        q[i % 2 * 2 + p], activation_operand(x[i % 2 * 2 + p], chosen), acc=dot, out_dtype=tl.int32
+    TILES: tl.constexpr = C * PLANES // 2
+    PLANE: tl.constexpr = (K + 63) // 64 * 16 * M if C * PLANES == 4 else 0
+    magic = tl.full((KW, R * 8, TILES * 8), MAGIC_BITS, tl.int32)
+    xs = load_run(xs_ptr, m * (K // 32), span * 4, K // 32, 4, ALIGNED, ahead * 4)
+    if OFFSET and not SUPER:
+        xsum = load_run(xsum_ptr, m * (K // 16), span * 8, K // 16, 8, ALIGNED, ahead * 8)
+    for u in tl.static_range(2):
+        unit = span * 2
+        if not ALIGNED:
+            # The second unit of a span may be past the end of K, where x is read again and counts for nothing.
+            unit = tl.minimum(unit, (K + 63) // 64 - 1 - u)
+        x = fetch_activations(x_ptr + unit * (M * 16), t, ahead * 2 + u, M, IN_ORDER, PLANE)
+        first, second = integers(weights[u], 0, BITS, SHIFT), integers(weights[u], 1, BITS, SHIFT)
+        q = (first, second)
+        for n in tl.static_range(2):
+            s = column_factor(xs[u * 2 + n])
+            if SUPER and not OFFSET:
+                for half in tl.static_range(2):
+                    dot = tl.dot(weight_operand(q[n] & masks[half]), x[n], acc=magic, out_dtype=tl.int32)
+                    scale = signed_byte(scales[u], 2 * n + half).to(tl.float32)
+                    total += row_factor(scale) * (joined_planes(dot, R, C, PLANES) * s)
+            else:
+                if IN_ORDER:
+                    dot = tl.dot(weight_operand(q[n]), x[n], acc=magic, out_dtype=tl.int32)
+                else:
+                    dot = tl.dot(weight_operand(first & masks[n]), x[0], acc=magic, out_dtype=tl.int32)
+                    dot = tl.dot(weight_operand(second & masks[n]), x[1], acc=dot, out_dtype=tl.int32)
+                product = joined_planes(dot, R, C, PLANES) * s
+                if SUPER:
+                    total += row_factor(float_byte(scales[u], n)) * product
+                elif OFFSET:
+                    dm = scales[u * 2 + n]
+                    total += row_factor(float_half(dm, 0)) * product
+                    total += row_factor(float_half(dm, 1)) * column_factor(
+                        xsum[u * 4 + n * 2] + xsum[u * 4 + n * 2 + 1]
                     )
-                scale = signed_byte(scales[i // 2], 2 * (i % 2) + half).to(tl.float32)
-                total += row_factor(scale) * (joined_planes(dot, R, C, PLANES) * s)
+                else:
+                    total += row_factor(scales[u * 2 + n].to(tl.float32) * UNSHIFT) * product
+    return total
+
+
+@triton.jit
+def fetch_step(planes, row, t, span, K: tl.constexpr, BITS: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr):
+    """(weights of units, scales) of one step; those of the last step past the end of K."""
+    qs_ptr, qh_ptr, scales_ptr, d_ptr = planes
+    SPANS: tl.constexpr = 2 if SUPER else 1
+    span = tl.minimum(span, (K + 128 * SPANS - 1) // (128 * SPANS) * SPANS - SPANS)
+    units = ()
+    for ahead in tl.static_range(2 * SPANS):
+        units = units + (fetch_words(qs_ptr, qh_ptr, row, t, span * 2, ahead, K, BITS),)  # type: ignore[assignment]  # noqa: RUF005
+    return (units, fetch_scales(scales_ptr, d_ptr, row, span, K, SUPER, OFFSET))
+
+
+@triton.jit
+def add_step(
+    acc,  # [T, G, KW, R, C] float32
+    fetched,  # of `fetch_step`
+    span,  # [T, G, KW, 1] int32
+    lanes,  # (t, g, rows of x of a thread's sums: [T, G, KW, C], `half_masks`)
+    x_ptrs,  # [T, G, KW, 1] to the words a thread takes of unit 0; to scales; to sums
+    M: tl.constexpr,
+    K: tl.constexpr,
+    PLANES: tl.constexpr,
+    BITS: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """acc with the products of one step: two spans of a K-quant, otherwise one."""
+    units, scales = fetched
+    SPANS: tl.constexpr = 2 if SUPER else 1
+    live = span < K // 128 if K % 128 == 0 else span < K // 128 + 1
+    span = tl.minimum(span, (K + 128 * SPANS - 1) // (128 * SPANS) * SPANS - SPANS)
+    total = tl.zeros(acc.shape, tl.float32)
+    for i in tl.static_range(SPANS):
+        weights = (units[2 * i], units[2 * i + 1])
+        some = (scales[2 * i], scales[2 * i + 1]) if SUPER else scales
+        total = add_span(total, weights, some, span, lanes, x_ptrs, i, M, K, PLANES, BITS, SUPER, OFFSET)
+    if SUPER:
+        factor = tl.where(live, scales[4], 0)
+        if OFFSET:
+            offsets = scaled_sums(scales, x_ptrs[2], span >> 1, lanes[0], lanes[1], M, K, acc.shape[3], acc.shape[4])
+            acc += row_factor(float_half(factor, 0)) * total - row_factor(float_half(factor, 1)) * offsets
         else:
-            dot = magic
-            if IN_ORDER:
-                chosen = -(t >> 1 == i // 2).to(tl.int32)
-                for p in tl.static_range(2):
-                    dot = tl.dot(
-                        q[i % 2 * 2 + p], activation_operand(x[i % 2 * 2 + p], chosen), acc=dot, out_dtype=tl.int32
-                    )
-            else:
-                chosen = -(t == i).to(tl.int32)
-                for p in tl.static_range(4):
-                    dot = tl.dot(q[p], activation_operand(x[p], chosen), acc=dot, out_dtype=tl.int32)
-            product = joined_planes(dot, R, C, PLANES) * s
-            if SUPER:
-                code = scales[i // 2]
-                total += row_factor(float_byte(code, i % 2)) * product
-                offsets += row_factor(float_byte(code, 2 + i % 2)) * column_factor(xsum[2 * i] + xsum[2 * i + 1])
-            elif OFFSET:
-                dm = scales[i]
-                total += row_factor(float_half(dm, 0)) * product
-                total += row_factor(float_half(dm, 1)) * column_factor(xsum[2 * i] + xsum[2 * i + 1])
-            else:
-                total += row_factor(scales[i].to(tl.float32) * UNSHIFT) * product
-    return (total, offsets)
+            acc += row_factor(factor.to(tl.float32) * (1.0 / (1 << (8 - BITS)))) * total
+    else:
+        acc += tl.where(live[:, :, :, :, None], total, 0.0)
+    return acc
 
 
 @triton.jit
 def packed_mma_kernel(
     y_ptr,  # [SPLIT, M, N]
-    xq_ptr,  # [PLANES, M, 4, ceil(K/64), 16] int8
+    xq_ptr,  # [PLANES, ceil(K/64), M, 4, 16] int8
     xs_ptr,  # [M, K//32] float32
     xsum_ptr,  # [M, K//16] float32
     qs_ptr,  # [N, K//2] uint8, with 8 bits [N, K] int8
     qh_ptr,  # [N, K//32] int32 with 5 bits, [N, K//32, 2] int32 with 6
     scales_ptr,  # SUPER: [N, K//64, 4] bytes
     d_ptr,  # [N, K//256] float16 if SUPER, otherwise [N, K//32]; two of each if OFFSET
-    M,
+    M: tl.constexpr,
     N,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -158,8 +193,9 @@ def packed_mma_kernel(
     R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    TILES: tl.constexpr = C * PLANES // 2
-    STEPS: tl.constexpr = (K + 128 * KW * SPLIT - 1) // (128 * KW * SPLIT)
+    SPANS: tl.constexpr = 2 if SUPER else 1  # of a warp in a step
+    STEPS: tl.constexpr = (K + 128 * SPANS * KW * SPLIT - 1) // (128 * SPANS * KW * SPLIT)
+    PLANE: tl.constexpr = (K + 63) // 64 * 16  # words of a row of x in one plane
     start = tl.program_id(0).to(tl.int64) * (8 * R)
     # The masks change no value: they hide from Triton that lanes are contiguous, which would change layouts.
     tile = tl.zeros((4, 8, KW, 1), tl.int32)
@@ -167,35 +203,30 @@ def packed_mma_kernel(
     g = (tl.arange(0, 8) & 7)[None, :, None, None] + tile
     warp = (tl.arange(0, KW) & (KW - 1))[None, None, :, None] + tile
     row = tl.minimum(start + (tl.arange(0, R) & (R - 1))[None, None, None, :] * 8 + g, N - 1)
-    m = tl.minimum(t * C + tl.arange(0, C)[None, None, None, :], M - 1)
+    m = t * C + tl.arange(0, C)[None, None, None, :]
+    if M < 4 * C:
+        m = tl.minimum(m, M - 1)
+    x_ptr = xq_ptr.to(tl.pointer_type(tl.int32)) + t * 4
     if C * PLANES == 4:
-        column = tl.arange(0, 2)[None, None, None, :] * M + tl.minimum(g, M - 1)
+        x_ptr += tl.minimum(g, M - 1) * 16
     else:
-        column = (g % PLANES) * M + tl.minimum(g // PLANES, M - 1) + tl.zeros((4, 8, KW, TILES), tl.int32)
+        x_ptr += g % PLANES * (PLANE * M) + tl.minimum(g // PLANES, M - 1) * 16
+    lanes = (t, g, m, half_masks(t))
+    x_ptrs = (x_ptr, xs_ptr, xsum_ptr)
     acc = tl.zeros((4, 8, KW, R, C), tl.float32)
-    none = tl.zeros((4, 8, KW, R, C), tl.float32)
-    span = tl.program_id(1) * (STEPS * KW) + warp
-    words = fetch_words(qs_ptr, qh_ptr, row, t, span, K, BITS)
-    scales = fetch_scales(scales_ptr, d_ptr, row, span, K, SUPER, OFFSET)
+    planes = (qs_ptr, qh_ptr, scales_ptr, d_ptr)
+    span = (tl.program_id(1) * (STEPS * KW) + warp) * SPANS
+    now = fetch_step(planes, row, t, span, K, BITS, SUPER, OFFSET)
     await_inputs(PDL)
-    for _ in tl.range(0, STEPS, num_stages=1):
-        # The next span's weights are on their way while this one's are multiplied.
-        words_now, scales_now = words, scales
-        words = fetch_words(qs_ptr, qh_ptr, row, t, span + KW, K, BITS)
-        scales = fetch_scales(scales_ptr, d_ptr, row, span + KW, K, SUPER, OFFSET)
-        sums = add_span(
-            (none, none) if SUPER else (acc, none), words_now, scales_now, span, t, m, column,
-            xq_ptr, xs_ptr, xsum_ptr, K, PLANES, BITS, SUPER, OFFSET,
-        )  # fmt: skip
-        if SUPER and OFFSET:
-            acc += (
-                row_factor(float_half(scales_now[2], 0)) * sums[0] - row_factor(float_half(scales_now[2], 1)) * sums[1]
-            )
-        elif SUPER:
-            acc += row_factor(scales_now[2].to(tl.float32) * (1.0 / (1 << (8 - BITS)))) * sums[0]
-        else:
-            acc = sums[0]
-        span += KW
+    # The next step's weights are on their way while this one's are multiplied. Two steps a turn save moving them.
+    for turn in tl.range(0, STEPS // 2, num_stages=1):
+        for _ in tl.static_range(2):
+            later = fetch_step(planes, row, t, span + KW * SPANS, K, BITS, SUPER, OFFSET)
+            acc = add_step(acc, now, span + zero_after_loads(turn), lanes, x_ptrs, M, K, PLANES, BITS, SUPER, OFFSET)
+            now = later
+            span += KW * SPANS
+    if STEPS % 2 == 1:
+        acc = add_step(acc, now, span, lanes, x_ptrs, M, K, PLANES, BITS, SUPER, OFFSET)
     y = tl.sum(acc, axis=2)
     row = start + tl.arange(0, R)[None, None, :, None] * 8 + tl.arange(0, 8)[None, :, None, None]
     m = tl.arange(0, 4)[:, None, None, None] * C + tl.arange(0, C)[None, None, None, :]
@@ -220,14 +251,13 @@ def sum_parts_kernel(
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < COUNT)
 
 
-def mma_tile(k: int, n: int) -> dict[str, int]:
+def mma_tile(k: int) -> dict[str, int]:
     """SPLIT parts of K, KW warps along K and R eights of rows of W a program, for a weight [n, k].
 
     SPLIT and KW fix the order of the sum over K: they depend on K alone. Long rows are split so that few of them fill a
-    GPU evenly. Rows of W share the loads of x: where there are programs enough, they take 32 rows instead of 16.
+    GPU evenly. Two eights of rows are the sixteen of an instruction.
     """
-    split = 1 if k < 8192 else triton.cdiv(k, 2048)
-    return {"SPLIT": split, "KW": 2, "R": 4 if n * split >= 16384 else 2}
+    return {"SPLIT": 1 if k < 8192 else triton.cdiv(k, 2048), "KW": 1, "R": 2}
 
 
 def launch_packed_mma(
@@ -240,7 +270,7 @@ def launch_packed_mma(
     """[M, N] for checked arguments; on CPU tensors only where Triton interprets. `options` override the chosen tile."""
     xq, xs, xsum = activations
     (m, groups), n = xs.shape, planes[0].shape[0]
-    tile = mma_tile(groups * 32, n) | options
+    tile = mma_tile(groups * 32) | options
     by_name = {spec.name: plane for spec, plane in zip(PACKED_FORMATS[name].planes, planes, strict=True)}
     pdl = dependent_launch_options(xs.device)
     y = xs.new_empty((m, n), dtype=out_dtype)

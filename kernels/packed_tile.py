@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4.kernels.activations import FRAGMENT_ROWS, activation_runs
 from gemma4.kernels.dependent_launch import await_inputs
 from gemma4.kernels.dp4a import dot4_signed, dot4_unsigned
 
@@ -160,11 +161,11 @@ def add_group(
     """Per row m of x: sums[m] + the sum over a group of (scale * q + offset) * x[m]."""
     out = ()
     for m in tl.static_range(M):
-        products = dot_sixteen(first, xq_ptr, m, group * 2, K, SIGNED, None)
-        dot = tl.sum(dot_sixteen(second, xq_ptr, m, group * 2 + 1, K, SIGNED, products), axis=4)
+        products = dot_sixteen(first, xq_ptr, 0, m, group * 2, M, K, SIGNED, None)
+        dot = tl.sum(dot_sixteen(second, xq_ptr, 0, m, group * 2 + 1, M, K, SIGNED, products), axis=4)
         if PLANES == 2:
-            products = dot_sixteen(first, xq_ptr, M + m, group * 2, K, SIGNED, None)
-            products = dot_sixteen(second, xq_ptr, M + m, group * 2 + 1, K, SIGNED, products)
+            products = dot_sixteen(first, xq_ptr, 1, m, group * 2, M, K, SIGNED, None)
+            products = dot_sixteen(second, xq_ptr, 1, m, group * 2 + 1, M, K, SIGNED, products)
             dot = dot * 256 + tl.sum(products, axis=4)
         xs = load_shared(xs_ptr + m * (K // 32) + group, live, EVEN_K)
         total = sums[m] + scale * (xs * dot.to(tl.float32))
@@ -196,11 +197,11 @@ def add_group_of_halves(
     """As `add_group`, for unsigned q with a scale for each 16 weights: w = scale * (q - ZERO)."""
     out = ()
     for m in tl.static_range(M):
-        one = tl.sum(dot_sixteen(first, xq_ptr, m, group * 2, K, False, None), axis=4)
-        two = tl.sum(dot_sixteen(second, xq_ptr, m, group * 2 + 1, K, False, None), axis=4)
+        one = tl.sum(dot_sixteen(first, xq_ptr, 0, m, group * 2, M, K, False, None), axis=4)
+        two = tl.sum(dot_sixteen(second, xq_ptr, 0, m, group * 2 + 1, M, K, False, None), axis=4)
         if PLANES == 2:
-            one = one * 256 + tl.sum(dot_sixteen(first, xq_ptr, M + m, group * 2, K, False, None), axis=4)
-            two = two * 256 + tl.sum(dot_sixteen(second, xq_ptr, M + m, group * 2 + 1, K, False, None), axis=4)
+            one = one * 256 + tl.sum(dot_sixteen(first, xq_ptr, 1, m, group * 2, M, K, False, None), axis=4)
+            two = two * 256 + tl.sum(dot_sixteen(second, xq_ptr, 1, m, group * 2 + 1, M, K, False, None), axis=4)
         xs = load_shared(xs_ptr + m * (K // 32) + group, live, EVEN_K)
         xsum = load_sums(xsum_ptr, m, group, live, K, EVEN_K)
         one = xs * one.to(tl.float32) - ZERO * float_word(low_word(xsum))
@@ -226,16 +227,19 @@ def load_sums(xsum_ptr, m, group, live, K: tl.constexpr, EVEN_K: tl.constexpr):
 def dot_sixteen(
     w,  # [KL, RL, KW, R, 4] int32: 16 weights, one a byte
     xq_ptr,
-    row,  # row of the [PLANES * M, 4, UNITS, 16] activations
+    plane,
+    m,
     sixteenth,  # [KL, RL, KW, 1] int32: index along K of the 16
+    M: tl.constexpr,
     K: tl.constexpr,
     SIGNED: tl.constexpr,
     acc,  # [KL, RL, KW, R, 4] int32 to add to, or None
 ):
     """[KL, RL, KW, R, 4] int32: four partial dot products of 16 weights with 16 activations."""
-    UNITS: tl.constexpr = (K + 63) // 64
-    at = ((row * 4 + (sixteenth & 3)) * UNITS + (sixteenth >> 2)) * 4
-    words = xq_ptr.to(tl.pointer_type(tl.int32)) + at + tl.arange(0, 4)[None, None, None, :]
+    first, second = activation_runs(plane, m, sixteenth, M, K)
+    words = xq_ptr.to(tl.pointer_type(tl.int32)) + first * 2 + tl.arange(0, 4)[None, None, None, :]
+    if M >= FRAGMENT_ROWS:
+        words += (tl.arange(0, 4) // 2)[None, None, None, :] * ((second - first - 1) * 2)
     x = tl.broadcast_to(tl.load(words)[:, :, :, None, :], w.shape)
     if acc is None:
         acc = tl.zeros(w.shape, tl.int32)

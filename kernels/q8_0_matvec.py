@@ -60,7 +60,7 @@ def q8_0_add(
 @triton.jit
 def q8_0_matvec_kernel(
     y_ptr,  # [M, N]
-    xq_ptr,  # [PLANES, M, 4, ceil(K/64), 16] int8
+    xq_ptr,  # int8 planes, of `activation_shape`
     xs_ptr,  # [M, K//32] float32
     xsum_ptr,  # [M, K//16] float32
     qs_ptr,  # [N, K] int8

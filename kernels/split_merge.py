@@ -59,7 +59,7 @@ def split_merge_kernel(
     acc_ptr,  # [B, Hkv, SPLITS, ROWS, D] float32
     largest_ptr,  # [B, Hkv, SPLITS, ROWS] float32
     sums_ptr,  # [B, Hkv, SPLITS, ROWS] float32
-    out_ptr,  # [B, Hq, T, D], or with PLANES [PLANES, B * T, 4, Hq * D / 64, 16] int8
+    out_ptr,  # [B, Hq, T, D], or with PLANES the int8 planes of activations
     xs_ptr,  # [B * T, Hq * D / 32] float32, written only with PLANES
     xsum_ptr,  # [B * T, Hq * D / 16] float32, written only with PLANES
     M,  # B * T
@@ -94,8 +94,7 @@ def split_merge_kernel(
         token = token.to(tl.int64)
         store_quantized(
             tl.reshape(out, (BLOCK_D // 32, 2, 16)), group, group < K // 32,
-            out_ptr + token * K, M * K, xs_ptr + token * (K // 32), xsum_ptr + token * (K // 16),
-            K, PLANES,
+            token, M, out_ptr, xs_ptr, xsum_ptr, K, PLANES,
         )  # fmt: skip
 
 

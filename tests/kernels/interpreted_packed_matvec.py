@@ -35,9 +35,14 @@ def test_matvec(name: str, n: int, groups: int, m: int, planes: int) -> None:
     assert_product(y, dequantize_activations(*activations[:2]), weight.exact, 1e-6)
 
 
-@pytest.mark.parametrize(("name", "m"), [("q4_k", 8), ("q6_k", 5), ("q8_0", 3)])
+@pytest.mark.parametrize("m", range(4, 9))
+@pytest.mark.parametrize("name", NAMES)
 def test_many_rows(name: str, m: int) -> None:
-    test_matvec(name, 3, 8, m, 2)
+    test_matvec(name, 1, 2, m, 2)
+
+
+def test_three_rows() -> None:
+    test_matvec("q8_0", 3, 8, 3, 2)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
