@@ -1,9 +1,9 @@
 """Speculative decoding (Leviathan et al., arXiv 2211.17192): guess several tokens, check them all in one pass.
 
 A round drafts k tokens after the last known one, runs these k + 1 through the model (on a GPU at most MMA_ROWS - 1 in
-one pass), and takes from each position the
-token that plain decoding would take there. Tokens stand as long as the draft foresaw them; the first that it did not
-is the model's own and ends the round. So a round yields 1 to k + 1 tokens and its result never depends on the draft:
+one pass), and takes from each position the token that plain decoding would take there. Tokens stand as long as the
+draft foresaw them; the first that it did not is the model's own and ends the round. So a round yields 1 to k + 1 tokens
+and its result never depends on the draft:
 
 - greedy, the text is that of plain decoding, by the same bits of its logits: in such a pass every row is computed as if
   it were alone (`gemma4.kernels.linear.dense_linear`, the packed matvecs, attention row by row);

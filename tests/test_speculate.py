@@ -16,7 +16,7 @@ from gemma4.drafter import Drafter
 from gemma4.generate import prefill
 from gemma4.kernels.activations import quantize_activations
 from gemma4.kernels.gelu_mul import gelu_mul
-from gemma4.kernels.packed_matvec import MMA_ROWS
+from gemma4.kernels.packed_matvec import MAX_ROWS, MMA_ROWS
 from gemma4.model import TextModel
 from gemma4.quant.errors import ContextError
 from gemma4.ring_snapshot import RingSnapshot
@@ -112,9 +112,10 @@ def test_a_pass_of_few_tokens_has_the_bits_of_single_passes(name: str, form: str
     path = TARGETS[name]().write(tmp_path / "model.gguf")
     model = Gemma4.from_gguf(path, device="cpu", dequantize=form == "dense")
     if form == "quantized rows":
-        model.model.max_packed_rows = 8
+        model.model.max_packed_rows = MAX_ROWS
     ids = np.random.default_rng(0).integers(0, 128, 60).tolist()
-    for split, count in ((20, 2), (44, 8)):  # the second crosses the end of a ring of 24
+    most = MMA_ROWS - 1 if form == "quantized rows" else MAX_ROWS
+    for split, count in ((20, 2), (46, most)):  # the second crosses the end of a ring of 24
         tokens = ids[: split + count]
         (one, one_cache), (other, other_cache) = (few_tokens(model, tokens, split, joint=j) for j in (False, True))
         assert torch.equal(one, other)
