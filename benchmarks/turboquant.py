@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import microseconds, positions
-from gemma4.kernels import tq4_decode, tq4_prefill
+from gemma4.kernels import prefill_attention, tq4_decode, tq4_prefill
 from gemma4.kernels.tq4_rotation import launch_rotate_queries
 from gemma4.kernels.tq4_sdpa import tq4_sdpa, tq4_sdpa_reference
 from gemma4.kernels.tq4_write import tq4_write
@@ -69,8 +69,7 @@ class Layer:
 
     def flop(self, context: int, tokens: int) -> int:
         keys = sum(context + t + 1 for t in range(tokens))
-        width = self.turned + self.head_dim if self.turned < self.head_dim else self.head_dim
-        return 2 * self.q_heads * keys * (width + self.head_dim)
+        return 4 * self.q_heads * keys * self.head_dim
 
 
 LAYERS = (Layer("31B", 32, 4, 512, 128), Layer("E2B", 8, 1, 512, 512), Layer("270M", 4, 1, 256, 256))
@@ -132,7 +131,7 @@ def write_us(layer: Layer, tokens: int, bits: int) -> float:
 
 
 def every_config(layer: Layer, bits: int) -> None:
-    """Each configuration that the device runs, decode at 32768 and prefill after 6144 tokens."""
+    """Each configuration that the device runs, decode at 32768 and prefill after 30720."""
     context = 32768
     for block_n in (32, 64, 128):
         for num_warps in (4, 8):
@@ -143,13 +142,10 @@ def every_config(layer: Layer, bits: int) -> None:
                     )
                     call = partial(_decode_with, layer, config)
                     report(f"decode {config}", partial(decode_us, layer, context, bits, call))
-    for block_m in (64, 128):
-        for block_n in (32, 64):
-            for num_warps in (4, 8):
-                for num_stages in (1, 2):
-                    prefill_config = tq4_prefill.TQ4PrefillConfig(block_m, block_n, num_warps, num_stages, True)
-                    call = partial(_prefill_with, layer, prefill_config)
-                    report(f"prefill {prefill_config}", partial(prefill_us, layer, 6144, bits, call))
+    for prefill_config in prefill_attention.CONFIGS:
+        for keys in (4096, 8192, 16384):
+            call = partial(_prefill_with, layer, prefill_config, keys)
+            report(f"prefill {prefill_config}, slices of {keys}", partial(prefill_us, layer, 30720, bits, call))
 
 
 def report(what: str, time: Callable[[], float]) -> None:
@@ -168,10 +164,11 @@ def _decode_with(layer: Layer, config: tq4_decode.TQ4DecodeConfig, q: Tensor, *r
     tq4_decode.tq4_decode_launch(queries, *cache, input_pos, scale, torch.empty_like(q), config, splits)
 
 
-def _prefill_with(layer: Layer, config: tq4_prefill.TQ4PrefillConfig, q: Tensor, *rest: Tensor | float | None) -> None:
-    *cache, weight, input_pos, scale = rest
-    queries = launch_rotate_queries(q, weight, layer.turned)
-    tq4_prefill.tq4_prefill_launch(queries, *cache, input_pos, scale, torch.empty_like(q), config)
+def _prefill_with(
+    layer: Layer, config: prefill_attention.PrefillConfig, keys: int, q: Tensor, *rest: Tensor | float | None
+) -> None:
+    shape = tq4_prefill.slice_shape(q, layer.kv_heads)._replace(keys=keys)
+    tq4_prefill.tq4_prefill_launch(q, *rest, config, shape)
 
 
 def main() -> None:

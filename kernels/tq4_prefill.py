@@ -1,221 +1,207 @@
 """Attention of a chunk of tokens over a TurboQuant cache: the prefill half of `gemma4::tq4_sdpa`.
 
-A tile holds BLOCK_M rows (token, query head of the group), token major, so all heads of a group share the keys that are
-decoded for them and the causal edge cuts few keys. A last kernel rotates the result back, in place.
+The loop over keys is in slices, some MiB each: a slice is decoded once (`gemma4.kernels.tq4_rows`), all tiles of
+queries attend to it, and keep what a softmax carries along (its maximum, sum and weighted values, float32) for the next
+slice. Tiles that decode keys for themselves repeat it for every BLOCK_M rows of a chunk, and tensor cores wait for it.
+How keys are cut into slices, and heads into groups that share one, changes no bit of the result: a tile takes the same
+keys in the same order.
+
+A tile holds BLOCK_M rows (token, query head of the group), token major, so all heads of a group share the keys they
+load and the causal edge cuts few keys. Slices past the last position end at once, on the device.
 Method: FlashAttention-2 (Dao, 2023).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from gemma4.kernels.decode_attention import LOG2_E
-from gemma4.kernels.prefill_attention import device_limits
-from gemma4.kernels.tq4_rotation import launch_rotate_back
-from gemma4.kernels.tq4_tile import curve_bits, load_levels, load_quarters
-from gemma4.kernels.tq4_write import code_widths
-
-
-@dataclass(frozen=True, slots=True)
-class TQ4PrefillConfig:
-    """Shape of one launch: rows and keys of a tile. `wgmma`: for Hopper's warpgroup instructions."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    wgmma: bool
-
-    def shared_bytes(self, key_dim: int, head_dim: int, bits: int) -> int:
-        """Upper bound of the shared memory of one program: levels and codes of a tile, queries, weights, scales."""
-        is_tied = key_dim < head_dim
-        width = key_dim + head_dim
-        levels = self.block_n * (width if is_tied else head_dim) * 2  # without k: one after the other
-        codes = max(1, self.num_stages - 1) * self.block_n * (width * bits // 8 + 8)
-        queries = (key_dim + head_dim * is_tied) * self.block_m * 2
-        exchange = self.block_m * self.block_n * 4
-        return levels + codes + queries + exchange + 1024
-
-    def fits(self, key_dim: int, head_dim: int, bits: int, shared_limit: int) -> bool:
-        """Whether the float32 output tile stays in registers and the rest in shared memory."""
-        accumulator = self.block_m * head_dim // (32 * self.num_warps)
-        most = 128 if self.wgmma else 64
-        return accumulator <= most and self.shared_bytes(key_dim, head_dim, bits) <= shared_limit
-
-
-# Best first. A launch takes the first that suits the device.
-CONFIGS = (
-    TQ4PrefillConfig(block_m=128, block_n=32, num_warps=8, num_stages=2, wgmma=True),
-    TQ4PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, wgmma=True),
-    TQ4PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, wgmma=False),
-    TQ4PrefillConfig(block_m=32, block_n=32, num_warps=8, num_stages=2, wgmma=False),
-    TQ4PrefillConfig(block_m=32, block_n=16, num_warps=8, num_stages=2, wgmma=False),
-    TQ4PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, wgmma=False),
-)
+from gemma4.kernels.decode_attention import LOG2_E, softmax_step
+from gemma4.kernels.pieces import COMPILED_PIECES, SLICE_KEYS, SLICED_BYTES, SliceShape
+from gemma4.kernels.prefill_attention import PrefillConfig, choose_config, device_limits
+from gemma4.kernels.split_merge import empty_heads
+from gemma4.kernels.tq4_rows import launch_tq4_rows
 
 
 @triton.jit
 def _tq4_prefill_kernel(
-    q_ptr,  # [Hkv * GROUP, T, WIDTH] float16, rotated
-    k_codes_ptr,  # [Hkv, L, TURNED * BITS / 8]
-    k_scale_ptr,  # [Hkv, L]
-    v_codes_ptr,  # [Hkv, L, D * BITS / 8]
-    v_scale_ptr,  # [Hkv, L]
+    q_ptr,  # [Hkv * GROUP, T, D], strided over heads and tokens
+    slice_ptr,  # [Hkv, KEYS, 2, D]: keys and values of positions begin, begin + 1, ...
     input_pos_ptr,  # [T] int64
-    out_ptr,  # [Hkv * GROUP, T, D], rotated, strided over heads and tokens
+    out_ptr,  # [Hkv * GROUP, T, D], strided over heads and tokens
+    acc_ptr,  # [Hkv, T * GROUP, D] float32
+    max_ptr,  # [Hkv, D / BLOCK_DV, T * GROUP] float32
+    sum_ptr,  # [Hkv, D / BLOCK_DV, T * GROUP] float32
+    stride_qh,
+    stride_qt,
     stride_oh,
     stride_ot,
-    length,
+    begin,
+    keys,
     tokens,
     scale_log2,
     GROUP: tl.constexpr,
     D: tl.constexpr,
-    TURNED: tl.constexpr,
-    BITS: tl.constexpr,
-    K_P: tl.constexpr,
-    K_Q: tl.constexpr,
-    V_P: tl.constexpr,
-    V_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,  # columns of v and out of one program
     NUM_STAGES: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = TURNED + D if TURNED < D else D
+    V_PARTS: tl.constexpr = D // BLOCK_DV
     head = tl.program_id(1).to(tl.int64)
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest loops start first
+    part = tl.program_id(0) % V_PARTS
+    row_tile = tl.num_programs(0) // V_PARTS - 1 - tl.program_id(0) // V_PARTS  # the longest loops start first
+    first_row = row_tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_token = rows // GROUP
     row_mask = row_token < tokens
     first = tl.load(input_pos_ptr).to(tl.int32)
     row_pos = first + row_token
     end = first + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, tokens)
-
-    offs_n = tl.arange(0, BLOCK_N)
-    q_head = head * GROUP + rows % GROUP
-    q_rows = q_ptr + (q_head * tokens + row_token)[:, None] * WIDTH
-    q0, q1, q2, q3 = load_quarters(q_rows, row_mask[:, None], TURNED)
-    if TURNED < D:
-        r0, r1, r2, r3 = load_quarters(q_rows + TURNED, row_mask[:, None], D)
-    slots_base = head * length
-
     scale_log2 = tl.cast(scale_log2, tl.float32)  # a compiler may hand it over as float64
-    acc0 = tl.zeros([BLOCK_M, D // 4], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, D // 4], tl.float32)
-    acc2 = tl.zeros([BLOCK_M, D // 4], tl.float32)
-    acc3 = tl.zeros([BLOCK_M, D // 4], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(0, end, BLOCK_N, num_stages=NUM_STAGES):
-        key_pos = start + offs_n
-        key_mask = key_pos < end
-        slots = slots_base + key_pos
-        k0, k1, k2, k3 = load_levels(k_codes_ptr, slots, key_mask, TURNED, BLOCK_N, BITS, K_P, K_Q)
-        k_scale = tl.load(k_scale_ptr + slots, mask=key_mask, other=0.0)
-        v_scale = tl.load(v_scale_ptr + slots, mask=key_mask, other=0.0)
-        products = tl.dot(q0, tl.trans(k0))
-        products = tl.dot(q1, tl.trans(k1), products)
-        products = tl.dot(q2, tl.trans(k2), products)
-        products = tl.dot(q3, tl.trans(k3), products)
-        scores = products * (k_scale * scale_log2)[None, :]
-        v0, v1, v2, v3 = load_levels(v_codes_ptr, slots, key_mask, D, BLOCK_N, BITS, V_P, V_Q)
-        if TURNED < D:
-            products = tl.dot(r0, tl.trans(v0))
-            products = tl.dot(r1, tl.trans(v1), products)
-            products = tl.dot(r2, tl.trans(v2), products)
-            products = tl.dot(r3, tl.trans(v3), products)
-            scores += products * (v_scale * scale_log2)[None, :]
-        scores = tl.where(key_pos[None, :] <= row_pos[:, None], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))  # every row sees key 0, in the first tile
-        weights = tl.exp2(scores - new_max[:, None])
-        decay = tl.exp2(row_max - new_max)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        row_max = new_max
-        weights = (weights * v_scale[None, :]).to(tl.float16)
-        acc0 = tl.dot(weights, v0, acc0 * decay[:, None])
-        acc1 = tl.dot(weights, v1, acc1 * decay[:, None])
-        acc2 = tl.dot(weights, v2, acc2 * decay[:, None])
-        acc3 = tl.dot(weights, v3, acc3 * decay[:, None])
-
-    out_rows = q_head * stride_oh + row_token.to(tl.int64) * stride_ot
-    at = out_ptr + out_rows[:, None] + tl.arange(0, D // 4)[None, :]
-    factor = (1.0 / row_sum)[:, None]
-    tl.store(at, (acc0 * factor).to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
-    tl.store(at + D // 4, (acc1 * factor).to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
-    tl.store(at + D // 2, (acc2 * factor).to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
-    tl.store(at + 3 * D // 4, (acc3 * factor).to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+    if begin < end:
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_d = tl.arange(0, D)
+        offs_v = part * BLOCK_DV + tl.arange(0, BLOCK_DV)
+        q_rows = (head * GROUP + rows % GROUP) * stride_qh + row_token.to(tl.int64) * stride_qt
+        q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
+        acc_at = acc_ptr + (head * tokens * GROUP + rows)[:, None] * D + offs_v[None, :]
+        row_at = (head * V_PARTS + part) * tokens * GROUP + rows  # a part may end before another begins
+        is_later = row_mask & (begin > 0)
+        acc = tl.load(acc_at, mask=is_later[:, None], other=0.0)
+        row_max = tl.load(max_ptr + row_at, mask=is_later, other=float("-inf"))
+        row_sum = tl.load(sum_ptr + row_at, mask=is_later, other=0.0)
+        k_tile = slice_ptr + head * keys * (2 * D)
+        stop = tl.minimum(end, begin + keys)
+        for start in tl.range(begin, stop, BLOCK_N, num_stages=NUM_STAGES):
+            key_pos = start + offs_n
+            key_mask = key_pos < stop
+            key_rows = (start - begin + offs_n) * (2 * D)
+            k = tl.load(k_tile + (key_rows[:, None] + offs_d[None, :]), mask=key_mask[:, None], other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            seen = key_mask[None, :] & (key_pos[None, :] <= row_pos[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+            weights, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum)
+            v = tl.load(k_tile + (key_rows[:, None] + D + offs_v[None, :]), mask=key_mask[:, None], other=0.0)
+            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        # Read anew, so that what follows is computed here and takes no registers in the loop.
+        rows = first_row + tl.load(input_pos_ptr, volatile=True).to(tl.int32) - first + tl.arange(0, BLOCK_M)
+        row_token = rows // GROUP
+        row_mask = row_token < tokens
+        if end <= begin + keys:
+            out_rows = (head * GROUP + rows % GROUP) * stride_oh + row_token.to(tl.int64) * stride_ot
+            out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + out_rows[:, None] + offs_v[None, :], out, mask=row_mask[:, None])
+        else:
+            acc_at = acc_ptr + (head * tokens * GROUP + rows)[:, None] * D + offs_v[None, :]
+            row_at = (head * V_PARTS + part) * tokens * GROUP + rows
+            tl.store(acc_at, acc, mask=row_mask[:, None])
+            tl.store(max_ptr + row_at, row_max, mask=row_mask)
+            tl.store(sum_ptr + row_at, row_sum, mask=row_mask)
 
 
-def choose_config(key_dim: int, head_dim: int, bits: int, wgmma: bool, shared_limit: int) -> TQ4PrefillConfig:
-    """The first of CONFIGS that suits the device, else the smallest."""
-    configs = (c for c in CONFIGS if wgmma >= c.wgmma and c.fits(key_dim, head_dim, bits, shared_limit))
-    return next(configs, CONFIGS[-1])
-
-
-def tq4_prefill_launch(
-    queries: Tensor,
-    k_codes: Tensor,
-    k_scale: Tensor,
-    v_codes: Tensor,
-    v_scale: Tensor,
-    input_pos: Tensor,
-    scale: float,
-    out: Tensor,
-    config: TQ4PrefillConfig,
-) -> None:
-    """Run the two kernels with the given configuration."""
-    _, q_heads, tokens, head_dim = out.shape
-    kv_heads, length = k_codes.shape[1], k_codes.shape[2]
-    bits, turned = code_widths(head_dim, k_codes, v_codes)
-    group = q_heads // kv_heads
-    k_p, k_q = curve_bits(turned, bits)
-    v_p, v_q = curve_bits(head_dim, bits)
-    wrap_triton(_tq4_prefill_kernel)[(triton.cdiv(tokens * group, config.block_m), kv_heads)](
-        q_ptr=queries,
-        k_codes_ptr=k_codes,
-        k_scale_ptr=k_scale,
-        v_codes_ptr=v_codes,
-        v_scale_ptr=v_scale,
-        input_pos_ptr=input_pos,
-        out_ptr=out,
-        stride_oh=out.stride(1),
-        stride_ot=out.stride(2),
-        length=length,
-        tokens=tokens,
-        scale_log2=scale * LOG2_E,
-        GROUP=group,
-        D=head_dim,
-        TURNED=turned,
-        BITS=bits,
-        K_P=k_p,
-        K_Q=k_q,
-        V_P=v_p,
-        V_Q=v_q,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        NUM_STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
-    launch_rotate_back(out)
+def slice_shape(q: Tensor, kv_heads: int) -> SliceShape:
+    """For q [1, Hq, T, D]. A graph, whose T may be open, takes all tokens of a head at a time, and larger slices."""
+    _, q_heads, tokens, head_dim = q.shape
+    key_bytes = 2 * head_dim * q.element_size()
+    if torch.compiler.is_compiling():
+        return SliceShape(tokens, 1, COMPILED_PIECES * SLICED_BYTES // key_bytes // SLICE_KEYS * SLICE_KEYS)
+    return SliceShape.of(tokens, kv_heads, q_heads // kv_heads * (4 * head_dim + 16), key_bytes)
 
 
 def tq4_prefill(
-    queries: Tensor,
+    q: Tensor,
     k_codes: Tensor,
     k_scale: Tensor,
     v_codes: Tensor,
     v_scale: Tensor,
+    k_weight: Tensor | None,
+    input_pos: Tensor,
+    scale: float,
+) -> Tensor:
+    """As `gemma4::tq4_sdpa`, for more than a few tokens."""
+    wgmma, shared_limit = device_limits(q.device)
+    config = choose_config(q.shape[3], q.element_size(), wgmma and q.dtype != torch.float32, shared_limit)
+    shape = slice_shape(q, k_codes.shape[1])
+    return tq4_prefill_launch(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos, scale, config, shape)
+
+
+def tq4_prefill_launch(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    k_weight: Tensor | None,
+    input_pos: Tensor,
+    scale: float,
+    config: PrefillConfig,
+    shape: SliceShape,
+) -> Tensor:
+    """Run the kernels with the given configuration and slices, of whole tiles of keys."""
+    tokens, group = q.shape[2], q.shape[1] // k_codes.shape[1]
+    starts = range(0, tokens, shape.tokens) if isinstance(tokens, int) else (0,)
+    queries = q.split(shape.heads * group, 1)
+    out = None if torch.compiler.is_compiling() else empty_heads(q)
+    # A compiler would copy the whole for each part that is written.
+    results = [empty_heads(part) for part in queries] if out is None else out.split(shape.heads * group, 1)
+    k_codes_of, k_scale_of, v_codes_of, v_scale_of = (
+        x.split(shape.heads, 1) for x in (k_codes, k_scale, v_codes, v_scale)
+    )
+    caches = zip(k_codes_of, k_scale_of, v_codes_of, v_scale_of, strict=True)
+    for part, cache, result in zip(queries, caches, results, strict=True):
+        for new in (slice(start, start + shape.tokens) for start in starts):
+            slices = part[:, :, new], cache, k_weight, input_pos[new], scale, result[:, :, new]
+            _attend_to_slices(*slices, config, min(shape.keys, k_codes.shape[2]))
+    return torch.cat([part.transpose(1, 2) for part in results], 2).transpose(1, 2) if out is None else out
+
+
+def _attend_to_slices(
+    q: Tensor,
+    cache: tuple[Tensor, Tensor, Tensor, Tensor],
+    k_weight: Tensor | None,
     input_pos: Tensor,
     scale: float,
     out: Tensor,
+    config: PrefillConfig,
+    keys: int,
 ) -> None:
-    """Attend from rotated queries float16 [1, Hq, T, D or C + D] into out [1, Hq, T, D]."""
-    head_dim = out.shape[3]
-    bits, turned = code_widths(head_dim, k_codes, v_codes)
-    wgmma, shared_limit = device_limits(out.device)
-    config = choose_config(turned, head_dim, bits, wgmma, shared_limit)
-    tq4_prefill_launch(queries, k_codes, k_scale, v_codes, v_scale, input_pos, scale, out, config)
+    """Fill `out` for the query heads of a few KV heads, slice by slice."""
+    _, q_heads, tokens, head_dim = q.shape
+    _, kv_heads, length = cache[1].shape
+    group = q_heads // kv_heads
+    block_dv = min(head_dim, config.block_dv)
+    parts = head_dim // block_dv
+    acc = q.new_empty((kv_heads, tokens * group, head_dim), dtype=torch.float32)
+    row_max, row_sum = (acc.new_empty((kv_heads, parts, tokens * group)) for _ in range(2))
+    for begin in range(0, length, keys):
+        decoded = q.new_empty((kv_heads, min(keys, length - begin), 2, head_dim))
+        launch_tq4_rows(*cache, k_weight, input_pos, begin, decoded)
+        wrap_triton(_tq4_prefill_kernel)[(triton.cdiv(tokens * group, config.block_m) * parts, kv_heads)](
+            q_ptr=q,
+            slice_ptr=decoded,
+            input_pos_ptr=input_pos,
+            out_ptr=out,
+            acc_ptr=acc,
+            max_ptr=row_max,
+            sum_ptr=row_sum,
+            stride_qh=q.stride(1),
+            stride_qt=q.stride(2),
+            stride_oh=out.stride(1),
+            stride_ot=out.stride(2),
+            begin=begin,
+            keys=decoded.shape[1],
+            tokens=tokens,
+            scale_log2=scale * LOG2_E,
+            GROUP=group,
+            D=head_dim,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_DV=block_dv,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+        del decoded

@@ -1,4 +1,4 @@
-"""The rotation of TurboQuant in kernels: queries into the basis of the codes, results out of it.
+"""The rotation of TurboQuant in kernels, and queries in the basis of the codes.
 
     rotated query of one head [D]:               R_D q                             keys have codes of their own
     with values that serve as keys [C + D]:      (R_C q_turned, R_D (q_rest * w))  q_turned: the C turned dimensions
@@ -93,15 +93,6 @@ def _rotate_queries_kernel(
     tl.store(dst + offs, y.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _rotate_back_kernel(x_ptr, stride_xh, stride_xt, tokens, D: tl.constexpr):
-    """x [heads, tokens, D] in place."""
-    row = tl.program_id(0).to(tl.int64)
-    at = x_ptr + row // tokens * stride_xh + row % tokens * stride_xt + tl.arange(0, D)
-    y = hadamard(tl.load(at).to(tl.float32), D) * signs(D)
-    tl.store(at, y.to(x_ptr.dtype.element_ty))
-
-
 def launch_rotate_queries(q: Tensor, k_weight: Tensor | None, turned: int) -> Tensor:
     """Rotated queries of q [1, Hq, T, D] in float16; `turned` is D where keys have codes of their own."""
     _, heads, tokens, head_dim = q.shape
@@ -118,16 +109,3 @@ def launch_rotate_queries(q: Tensor, k_weight: Tensor | None, turned: int) -> Te
         num_warps=1,
     )
     return out
-
-
-def launch_rotate_back(x: Tensor) -> None:
-    """Turn x [1, H, T, D] out of the basis of the codes, in place."""
-    _, heads, tokens, head_dim = x.shape
-    wrap_triton(_rotate_back_kernel)[(heads * tokens,)](
-        x_ptr=x,
-        stride_xh=x.stride(1),
-        stride_xt=x.stride(2),
-        tokens=tokens,
-        D=head_dim,
-        num_warps=1,
-    )

@@ -1,4 +1,4 @@
-"""Attention over a TurboQuant cache, decompressed tile by tile inside the loop over keys.
+"""Attention over a TurboQuant cache, decompressed piece by piece inside the loop over keys.
 
     out[h, t] = softmax_j(scale * q[h, t] . k_j) v_j,   0 <= j <= input_pos[t],   k_j, v_j of KV head h // G
 
@@ -7,10 +7,11 @@ values of these positions are in the cache already (`gemma4::tq4_write`), so a c
 later tokens will see of it. Codes and scales are those of `gemma4.kernels.turboquant`. Where k_weight [D] is given, the
 values serve as keys, too: k_codes hold the dimensions that rotary embedding turns (`gemma4.kernels.tq4_rotation`).
 
-Codes stay in their rotated basis: queries are rotated once, the result is rotated back once, and the scale of a vector
-multiplies its scores, or its weights. The loops end at input_pos, read on the device: a step costs what its context
-does. Up to MAX_TOKENS tokens run as split-K decoding (`tq4_decode`), more as `tq4_prefill`; both keep the G heads that
-share a KV head in one tile. Products are float16 with float32 sums whatever the dtype of q.
+Up to MAX_TOKENS tokens run as split-K decoding (`tq4_decode`): codes stay in their rotated basis, tile by tile, queries
+are rotated once and the result back, and the scale of a vector multiplies its scores, or its weights. More tokens run
+as `tq4_prefill`, which decodes a slice of keys for all of them at a time. The loops end at input_pos, read on the
+device: a step costs what its context does. Both keep the G heads that share a KV head in one tile. Products are float16
+with float32 sums whatever the dtype of q.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op
 
 from gemma4.kernels.decode_attention import MAX_TOKENS
-from gemma4.kernels.pieces import ROTATED_BYTES
 from gemma4.kernels.split_merge import by_token, empty_heads
 from gemma4.kernels.tq4_decode import tq4_decode
 from gemma4.kernels.tq4_prefill import tq4_prefill
@@ -79,16 +79,6 @@ def _check(
         raise ValueError(f"input_pos must be int64 [{q.shape[2]}], got {input_pos.dtype} {list(input_pos.shape)}")
 
 
-def heads_at_once(tokens: int, columns: int, kv_heads: int) -> int:
-    """KV heads whose queries of a chunk are rotated and attend at a time. columns: of the rotated queries of one.
-
-    One where the number of tokens is open: results are the same, and a graph cannot choose.
-    """
-    if not isinstance(tokens, int):
-        return 1
-    return max(1, min(kv_heads, ROTATED_BYTES // (2 * tokens * columns)))
-
-
 @triton_op("gemma4::tq4_sdpa", mutates_args={})
 def tq4_sdpa(
     q: Tensor,
@@ -108,19 +98,12 @@ def tq4_sdpa(
     _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
     if q.device.type == "cpu":
         return by_token(tq4_sdpa_reference(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos, scale))
-    _, turned = code_widths(int(q.shape[3]), k_codes, v_codes)
+    cache = k_codes, k_scale, v_codes, v_scale
+    if not guard_or_false(q.shape[2] <= MAX_TOKENS):
+        return tq4_prefill(q, *cache, k_weight, input_pos, scale)
     out = empty_heads(q)
-    kv_heads, group = k_codes.shape[1], q.shape[1] // k_codes.shape[1]
-    is_few = guard_or_false(q.shape[2] <= MAX_TOKENS)
-    attend = tq4_decode if is_few else tq4_prefill
-    columns = group * (q.shape[3] if k_weight is None else turned + q.shape[3])
-    step = kv_heads if is_few else heads_at_once(q.shape[2], columns, kv_heads)
-    for first in range(0, kv_heads, step):
-        own, shared = slice(first * group, (first + step) * group), slice(first, first + step)
-        queries = launch_rotate_queries(q[:, own], k_weight, turned)
-        keys, values = (k_codes[:, shared], k_scale[:, shared]), (v_codes[:, shared], v_scale[:, shared])
-        attend(queries, *keys, *values, input_pos, scale, out[:, own])
-        del queries
+    _, turned = code_widths(int(q.shape[3]), k_codes, v_codes)
+    tq4_decode(launch_rotate_queries(q, k_weight, turned), *cache, input_pos, scale, out)
     return out
 
 

@@ -126,8 +126,8 @@ def visible_peak(
 
 @pytest.fixture
 def without_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out of a plan what ops hold inside themselves: decoded weights, pieces of products, rotated queries."""
-    for name in ("_scratch", "_gated", "_rotated"):
+    """Leaves out of a plan what ops hold inside themselves: decoded weights, pieces of products, slices of keys."""
+    for name in ("_scratch", "_gated", "_sliced"):
         monkeypatch.setattr(Workspace, name, lambda *_: 0.0)
 
 

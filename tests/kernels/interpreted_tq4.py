@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemma4.kernels.pieces import SliceShape
+from gemma4.kernels.prefill_attention import PrefillConfig
 from gemma4.kernels.tq4_decode import TQ4DecodeConfig, tq4_decode_launch
-from gemma4.kernels.tq4_prefill import TQ4PrefillConfig, tq4_prefill_launch
+from gemma4.kernels.tq4_prefill import tq4_prefill_launch
 from gemma4.kernels.tq4_rotation import launch_rotate_queries, rotate_queries_reference
+from gemma4.kernels.tq4_rows import launch_tq4_rows, tq4_rows_reference
 from gemma4.kernels.tq4_write import tq4_write_launch
 from gemma4.kernels.turboquant import decode
 from tests.kernels.attention_cases import poisoned_outputs, relative_error
@@ -24,7 +27,7 @@ DECODES = [
 ]
 PREFILLS = [
     Case(first=0, tokens=18, length=32, q_heads=2, kv_heads=2),
-    Case(first=21, tokens=9, length=37, bits=4, q_heads=4, kv_heads=1, **TIED),
+    Case(first=22, tokens=10, length=50, bits=4, q_heads=4, kv_heads=2, **TIED),
 ]
 
 
@@ -42,12 +45,34 @@ def test_decode(case: Case) -> None:
 @pytest.mark.parametrize("case", PREFILLS, ids=str)
 def test_prefill(case: Case) -> None:
     problem = make_problem(case)
-    config = TQ4PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1, wgmma=False)
-    with poisoned_outputs():
-        out = torch.empty_like(problem.q)
-        queries = launch_rotate_queries(problem.q, problem.k_weight, case.turned)
-        tq4_prefill_launch(queries, *problem.cache, problem.input_pos, SCALE, out, config)
-    assert relative_error(out, problem.answer) < 2e-3
+    config = PrefillConfig(block_m=32, block_n=16, block_dv=32, num_warps=4, num_stages=1, wgmma=False)
+    results = []
+    # One slice; several, with nothing left to do in the last; a head at a time; a few tokens at a time.
+    for tokens, heads, keys in ((18, 2, 128), (18, 2, 16), (18, 1, 32), (8, 2, 32)):
+        shape = SliceShape(min(tokens, case.tokens), heads, keys)
+        with poisoned_outputs():
+            args = (problem.q, *problem.cache, problem.k_weight, problem.input_pos, SCALE, config, shape)
+            out = tq4_prefill_launch(*args)
+        results.append(out)
+        assert relative_error(out, problem.answer) < 2e-3
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("case", PREFILLS, ids=str)
+def test_rows(case: Case) -> None:
+    problem = make_problem(case)
+    begin, end = 16, case.first + case.tokens
+    rows = torch.full((case.kv_heads, case.length - begin, 2, case.head_dim), torch.nan, dtype=torch.float16)
+    launch_tq4_rows(*problem.cache, problem.k_weight, problem.input_pos, begin, rows)
+    known = end - begin
+    for found, expected in zip(
+        rows.unbind(2), tq4_rows_reference(*problem.cache, problem.k_weight, case.head_dim), strict=True
+    ):
+        torch.testing.assert_close(
+            found[:, :known].float(), expected[0, :, begin : begin + known], rtol=2e-3, atol=2e-3
+        )
+    assert rows[:, known:].isnan().all()
 
 
 @pytest.mark.parametrize("case", DECODES[1:], ids=str)

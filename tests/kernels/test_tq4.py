@@ -4,13 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from gemma4.kernels import tq4_decode, tq4_prefill, tq4_rotation
-from gemma4.kernels import tq4_write as write_module
+from gemma4.kernels import prefill_attention, tq4_decode, tq4_prefill, tq4_rows
+from gemma4.kernels.pieces import SLICED_BYTES, SliceShape
+from gemma4.kernels.prefill_attention import choose_config
+from gemma4.kernels.tq4_prefill import slice_shape
 from gemma4.kernels.tq4_sdpa import tq4_sdpa, tq4_sdpa_reference
 from gemma4.kernels.tq4_write import tq4_write
 from tests.kernels.attention_cases import poisoned_outputs, relative_error
@@ -147,45 +150,57 @@ def test_export_keeps_the_nodes_and_needs_only_zero_caches(tokens: int | None) -
     assert relative_error(program.module()(*example), problem.answer) < 1e-6
 
 
-def meta_arguments(shape: Case) -> tuple[Any, ...]:
-    """Queries, cache, positions, scale and output of a launch, without storage."""
-    width = shape.turned + shape.head_dim if shape.is_tied else shape.head_dim
-    queries = torch.empty(1, shape.q_heads, shape.tokens, width, dtype=torch.float16, device="meta")
-    out = torch.empty(1, shape.q_heads, shape.tokens, shape.head_dim, dtype=torch.bfloat16, device="meta")
+def on_meta(shape: Case) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Queries, cache and positions of a launch, without storage."""
+    q = torch.empty(1, shape.q_heads, shape.tokens, shape.head_dim, dtype=torch.bfloat16, device="meta")
     input_pos = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
-    return queries, *(x.to("meta") for x in empty_cache(shape)), input_pos, 1.0, out
+    return q, tuple(x.to("meta") for x in empty_cache(shape)), input_pos
 
 
-@pytest.mark.parametrize(("capability", "name", "bits"), [(80, "512", 4), (90, "tied", 6), (120, "tied", 6)])
-@pytest.mark.parametrize("tokens", [1, 300])
-def test_chosen_configuration_fits_the_device(capability: int, name: str, bits: int, tokens: int) -> None:
-    shape = dataclasses.replace(LAYERS[name], tokens=tokens, bits=bits, length=1024)
+TARGETS = [(80, "512", 4), (90, "tied", 6), (120, "tied", 6)]
+
+
+@pytest.mark.parametrize(("capability", "name", "bits"), TARGETS)
+def test_decode_fits_the_device(capability: int, name: str, bits: int) -> None:
+    shape = dataclasses.replace(LAYERS[name], bits=bits, length=1024)
+    widths, limit = (shape.turned, shape.head_dim, bits), SHARED_LIMITS[capability]
+    config = tq4_decode.choose_config(shape.q_heads // shape.kv_heads, *widths, limit)
+    q, cache, input_pos = on_meta(shape)
+    queries = q.new_empty(*q.shape[:3], shape.head_dim + shape.turned * shape.is_tied, dtype=torch.float16)
+    args = (queries, *cache, input_pos, 1.0, q, config, 66)
+    kernel, merge = compile_launches(tq4_decode, capability, "tq4_decode_launch", *args)
+    assert kernel.metadata.shared <= config.shared_bytes(*widths) <= limit
+    assert merge.metadata.shared <= limit
+
+
+@pytest.mark.parametrize(("capability", "name", "bits"), TARGETS)
+def test_prefill_fits_the_device(capability: int, name: str, bits: int) -> None:
+    shape = dataclasses.replace(LAYERS[name], tokens=300, bits=bits, length=1024)
     limit = SHARED_LIMITS[capability]
-    widths = (shape.turned, shape.head_dim, bits)
-    args = meta_arguments(shape)
-    if tokens == 1:
-        decode = tq4_decode.choose_config(shape.q_heads // shape.kv_heads, *widths, limit)
-        kernel, merge = compile_launches(tq4_decode, capability, "tq4_decode_launch", *args, decode, 66)
-        bound = decode.shared_bytes(*widths)
-        assert merge.metadata.shared <= limit
-    else:
-        prefill = tq4_prefill.choose_config(*widths, capability == 90, limit)
-        bound = prefill.shared_bytes(*widths)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tq4_prefill, "launch_rotate_back", lambda x: None)
-            (kernel,) = compile_launches(tq4_prefill, capability, "tq4_prefill_launch", *args, prefill)
-    assert kernel.metadata.shared <= bound <= limit
+    config = choose_config(shape.head_dim, 2, capability == 90, limit)
+    q, cache, input_pos = on_meta(shape)
+    k_weight = torch.empty(shape.head_dim, device="meta") if shape.is_tied else None
+    args = (q, *cache, k_weight, input_pos, 1.0, config, SliceShape(300, shape.kv_heads, 1024))
+    with mock.patch.object(tq4_prefill, "launch_tq4_rows") as launch_rows:
+        (kernel,) = compile_launches(tq4_prefill, capability, "tq4_prefill_launch", *args)
+    (rows,) = compile_launches(tq4_rows, capability, "launch_tq4_rows", *launch_rows.call_args.args)
+    assert kernel.metadata.shared <= config.shared_bytes(shape.head_dim, 2) <= limit
+    assert rows.metadata.shared <= limit
 
 
-def test_small_kernels_compile() -> None:
-    shape = dataclasses.replace(LAYERS["tied"], tokens=3, length=64)
-    heads = (torch.empty(1, n, 3, 512, dtype=torch.bfloat16, device="meta") for n in (32, 4, 4))
-    q, k, v = heads
-    cache = [x.to("meta") for x in empty_cache(shape)]
-    input_pos = torch.empty(3, dtype=torch.int64, device="meta")
-    compile_launches(write_module, 90, "tq4_write_launch", k, v, *cache, input_pos)
-    compile_launches(tq4_rotation, 90, "launch_rotate_queries", q, torch.empty(512, device="meta"), 128)
-    compile_launches(tq4_rotation, 90, "launch_rotate_back", q)
+def test_slices_are_bounded() -> None:
+    for layer, tokens, expected in (
+        ("tied", 2048, (1024, 1, 6528)),
+        ("tied", 100, (100, 4, 2816)),
+        ("512", 1024, (1024, 1, 6528)),
+        ("256", 2048, (2048, 1, 21376)),
+    ):
+        q, _, _ = on_meta(dataclasses.replace(LAYERS[layer], tokens=tokens, length=1))
+        shape = slice_shape(q, LAYERS[layer].kv_heads)
+        state = shape.heads * shape.tokens * (LAYERS[layer].q_heads // LAYERS[layer].kv_heads)
+        rows = shape.heads * shape.keys * 2 * LAYERS[layer].head_dim * 2
+        assert shape == expected
+        assert state * (4 * LAYERS[layer].head_dim + 16) + rows <= SLICED_BYTES
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -197,13 +212,12 @@ def test_every_device_has_a_configuration(name: str, bits: int, tokens: int) -> 
     for limit in SHARED_LIMITS.values():
         rows = shape.q_heads // shape.kv_heads * tokens
         assert tq4_decode.choose_config(rows, *widths, limit).shared_bytes(*widths) <= limit
-        for wgmma in (False, True):
-            assert tq4_prefill.choose_config(*widths, wgmma, limit).shared_bytes(*widths) <= limit
 
 
 def test_superset_has_small_tiles() -> None:
     assert {config.block_n for config in tq4_decode.CONFIGS} >= {16, 32, 64}
-    assert any((config.block_m, config.block_n) == (32, 16) for config in tq4_prefill.CONFIGS)
+    assert {config.block_n for config in prefill_attention.CONFIGS} >= {16, 32, 64}
+    assert {config.block_m for config in prefill_attention.CONFIGS} >= {16, 32, 64, 128}
 
 
 REAL = [
@@ -225,6 +239,20 @@ def test_gpu(case: Case) -> None:
         again = tq4_sdpa(*problem.arguments())
     assert relative_error(out, problem.answer) < 8e-3
     assert torch.equal(out, again)
+
+
+@pytest.mark.gpu
+def test_gpu_slices_change_no_bit() -> None:
+    case = dataclasses.replace(LAYERS["tied"], first=3000, tokens=500, length=5000)
+    problem = make_problem(case, torch.bfloat16, "cuda")
+    config = choose_config(case.head_dim, 2, *prefill_attention.device_limits(problem.q.device))
+    results = []
+    for shape in (SliceShape(500, 4, 5120), SliceShape(500, 1, 1024), SliceShape(200, 2, 2048)):
+        with poisoned_outputs():
+            args = (problem.q, *problem.cache, problem.k_weight, problem.input_pos, SCALE, config, shape)
+            results.append(tq4_prefill.tq4_prefill_launch(*args))
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
 
 
 @pytest.mark.gpu
