@@ -26,7 +26,7 @@ from benchmarks.synthesize import write, write_header, write_random_bytes
 from gemma4 import Gemma4, __version__
 from gemma4.cache import KVCache
 from gemma4.decode_loop import DecodeLoop
-from gemma4.generate import prefill, reserve_workspace
+from gemma4.generate import prefill
 from gemma4.memory_plan import MemoryModel
 from gemma4.quant.loader import GPU_WORKERS, SLICE_BYTES
 from gemma4.sampling import SamplingParams
@@ -118,7 +118,7 @@ def run(model: Gemma4, tokens: int, *, decodes: bool) -> tuple[float | None, int
     device, text = model.device, model.model
     cache = KVCache(model.config, model.max_seq_len, text.dtype, device, model.kv_cache)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    reserve_workspace(text, cache, tokens)
+    text.reserve_workspace(min(tokens, cache.chunk_size))
     logits = prefill(text, cache, ids)
     if not decodes:
         synchronize(device)

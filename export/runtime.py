@@ -22,18 +22,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_ids
-from gemma4.config import Gemma4Config
+from gemma4.config import Gemma4Config, LayerKind
 from gemma4.decode_loop import DecodeLoop
 from gemma4.export.low_memory import CompiledMethod
 from gemma4.export.manifest import CONSTANTS, PACKAGE, Manifest
 from gemma4.export.weights import bind_methods, weight_tree
-from gemma4.generate import check_ids, check_room, prefill
+from gemma4.generate import check_ids, check_room, generate_tokens, prefill
+from gemma4.history import Session, TokenHistory
 from gemma4.mapping import plan_load
 from gemma4.progress import progress_bar
 from gemma4.quant.errors import ContextError, MalformedError
 from gemma4.quant.gguf_file import GGUFFile
 from gemma4.quant.loader import load_weights
 from gemma4.quant.reserve import reserve
+from gemma4.ring import ring_length
+from gemma4.ring_snapshot import RingSnapshot
 from gemma4.sampling import SamplingParams
 from gemma4.text_stream import stream_text
 from gemma4.tokenizer import Tokenizer, has_tokenizer, tokenizer_from_metadata
@@ -65,6 +68,9 @@ class _CompiledModel:
         self.norm = weights.get_submodule("norm")
         self._neutral = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
 
+    def reserve_workspace(self, num_tokens: int) -> None:
+        """Nothing: compiled methods take what they need as one."""
+
     def __call__(self, tokens: Tensor, input_pos: Tensor, cache: object, num_logits: int | None = 1) -> Tensor:
         """tokens, input_pos: int64 [T]. Returns float32 [num_logits, vocab_size]; None, for all T, runs one by one."""
         if num_logits is None:
@@ -80,7 +86,10 @@ class _CompiledModel:
 
 
 class ExportedGemma4:
-    """An exported model. Made by `load`. It has one cache: one generation at a time."""
+    """An exported model. Made by `load`.
+
+    It has one cache: one generation at a time, which continues from the tokens that it shares with the one before.
+    """
 
     def __init__(
         self,
@@ -101,6 +110,7 @@ class ExportedGemma4:
         self._state = state
         self._cache = SimpleNamespace(max_seq_len=manifest.max_seq_len, chunk_size=manifest.chunk_size)
         self._loops: dict[SamplingParams, DecodeLoop] = {}
+        self._history = self._new_history()
         self._in_use = threading.Lock()
 
     @classmethod
@@ -139,7 +149,8 @@ class ExportedGemma4:
         if len(ids) > self.max_seq_len:
             raise ContextError(f"found {len(ids)} tokens, max_seq_len is {self.max_seq_len}", field="ids")
         with self._in_use:
-            return self._prefill(ids, all_logits=True)
+            self._history = self._new_history()
+            return prefill(cast("Any", self._model), cast("Any", self._cache), ids, all_logits=True)
 
     def generate_ids(
         self,
@@ -221,18 +232,20 @@ class ExportedGemma4:
                 model, cache = cast("Any", self._model), cast("Any", self._cache)
                 names = self.manifest.dependent_kernels
                 self._loops = {params: DecodeLoop(model, cache, params, suppress_ids, dependent_kernels=names)}
-            loop = self._loops[params]
-            loop.start(self._prefill(ids), len(ids), seed)
-            for remaining in range(max_new_tokens - 1, -1, -1):
-                read = loop.read()
-                if loop.runs_ahead and remaining:
-                    loop.advance()
-                new_id = read()
-                yield new_id
-                if new_id in eog_ids:
-                    return
-                if remaining and not loop.runs_ahead:
-                    loop.advance()
+            # Kept only where the generation ends well, or nobody listens any more.
+            history, self._history = self._history, self._new_history()
+            session = Session(self._loops[params], history)
+            try:
+                yield from generate_tokens(session, ids, max_new_tokens, seed=seed, eog_ids=eog_ids)
+            except GeneratorExit:
+                self._history = history
+                raise
+            self._history = history
 
-    def _prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> Tensor:
-        return prefill(cast("Any", self._model), cast("Any", self._cache), ids, all_logits=all_logits)
+    def _new_history(self) -> TokenHistory:
+        """Of a cache of which nothing is known."""
+        window = self.config.sliding_window
+        of_sliding = [f"cache.{i}." for i, layer in enumerate(self.config.layers) if layer.kind is LayerKind.SLIDING]
+        is_ring = window < self.max_seq_len
+        rings = [x for name, x in self._state.items() if is_ring and name.startswith(tuple(of_sliding))]
+        return TokenHistory(window, ring_length(window, self.max_seq_len), RingSnapshot(rings))

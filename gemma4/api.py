@@ -14,7 +14,7 @@ from gemma4.cache import KVCache
 from gemma4.chat import ChatTemplate, chat_template_from_metadata, render_chat_ids
 from gemma4.checkpoint import load_model, save_model
 from gemma4.config import CacheKind, Gemma4Config
-from gemma4.generate import check_ids, check_room, generate_tokens, prefill, reserve_workspace
+from gemma4.generate import check_ids, check_room, generate_tokens, prefill
 from gemma4.model import TextModel
 from gemma4.open_weights import open_weights
 from gemma4.opening import open_model, placement
@@ -194,7 +194,7 @@ class Gemma4:
         if len(ids) > self.max_seq_len:
             raise ContextError(f"found {len(ids)} tokens, max_seq_len is {self.max_seq_len}", field="ids")
         cache = KVCache(self.config, len(ids), self.model.dtype, self.device, self.kv_cache)
-        reserve_workspace(self.model, cache, len(ids))
+        self.model.reserve_workspace(min(len(ids), cache.chunk_size))
         return prefill(self.model, cache, ids, all_logits=True)
 
     def generate_ids(

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from gemma4.quant.errors import ContextError
-from gemma4.quant.reserve import reserve_blocks
 
 if TYPE_CHECKING:
     from gemma4.cache import KVCache
+    from gemma4.history import Session
     from gemma4.model import TextModel
-    from gemma4.session import Session
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -51,19 +50,6 @@ def prefill(
     return torch.cat(logits)
 
 
-def reserve_workspace(model: TextModel, cache: KVCache, tokens: int) -> None:
-    """Has PyTorch hold the memory for running so many tokens, at most a chunk at a time. On a CPU does nothing.
-
-    Without it PyTorch would take memory tensor by tensor, and then more of it where what is free is in pieces.
-    """
-    device = model.norm.weight.device
-    if device.type == "cuda" and tokens > model.max_packed_rows:
-        # The BLAS keeps a workspace from its first product on, which must not be cut from these blocks.
-        square = torch.ones(16, 16, dtype=model.dtype, device=device)
-        torch.mm(square, square)
-        reserve_blocks(model.workspace.prefill_blocks(min(tokens, cache.chunk_size)), device)
-
-
 def check_room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
     """Raises ContextError where prompt and new tokens do not fit, ValueError for a negative number of them."""
     if max_new_tokens < 0:
@@ -95,7 +81,7 @@ def generate_tokens(
     check_room(len(ids), max_new_tokens, loop.cache.max_seq_len)
     start = history.resume(ids)
     history.will_write(len(ids))
-    reserve_workspace(loop.model, loop.cache, len(ids) - start)
+    loop.model.reserve_workspace(min(len(ids) - start, loop.cache.chunk_size))
     logits = prefill(loop.model, loop.cache, ids[start:], start)
     history.end_prompt(ids, len(ids) + max_new_tokens)
     loop.start(logits, len(ids), seed)

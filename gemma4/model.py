@@ -24,6 +24,7 @@ from gemma4.quant.errors import MissingTensorError
 from gemma4.quant.linear import MATVEC_OPS, Embedding, Linear, Rows
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
+from gemma4.quant.reserve import reserve_blocks
 from gemma4.rope import inverse_frequencies
 from gemma4.rows import DenseRows, PackedRows, RMSNorm, RowMaker, closed
 from gemma4.workspace import Workspace
@@ -302,6 +303,18 @@ class TextModel(Decoder):
             self.embed_tokens_per_layer = Embedding(weights.packed("embed_tokens_per_layer"))
             self.per_layer_model_projection = weights.linear("per_layer_model_projection")
             self.per_layer_projection_norm = weights.norm("per_layer_projection_norm", config.rms_norm_eps)
+
+    def reserve_workspace(self, num_tokens: int) -> None:
+        """Has PyTorch hold the memory for a pass over so many tokens. On a CPU does nothing.
+
+        Without it PyTorch would take memory tensor by tensor, and then more of it where what is free is in pieces.
+        """
+        device = self.norm.weight.device
+        if device.type == "cuda" and num_tokens > self.max_packed_rows:
+            # The BLAS keeps a workspace from its first product on, which must not be cut from these blocks.
+            square = torch.ones(16, 16, dtype=self.dtype, device=device)
+            torch.mm(square, square)
+            reserve_blocks(self.workspace.prefill_blocks(num_tokens), device)
 
     def forward(
         self,

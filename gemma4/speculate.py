@@ -26,13 +26,13 @@ from torch import Tensor
 
 from gemma4.cache import AttentionCache, HeadTransform, KVCache
 from gemma4.decode_loop import DecodeLoop
-from gemma4.generate import check_room, prefill, reserve_workspace
+from gemma4.generate import check_room, prefill
+from gemma4.history import TokenHistory
 from gemma4.kernels.fused_norm import rms_norm_reference
 from gemma4.kernels.packed_matvec import MAX_ROWS, MMA_ROWS
 from gemma4.model import TextModel
 from gemma4.quant.linear import Rows
 from gemma4.rows import RowMaker
-from gemma4.session import TokenHistory
 
 NUM_DRAFT_TOKENS: Final = 2
 """Drafts of a round unless told otherwise: as many as a GPU checks in one pass."""
@@ -217,7 +217,7 @@ def speculate_tokens(
     check_room(len(ids), max_new_tokens, loop.cache.max_seq_len)
     start = history.resume(ids)
     history.will_write(len(ids))
-    reserve_workspace(loop.model, loop.cache, len(ids) - start)
+    loop.model.reserve_workspace(min(len(ids) - start, loop.cache.chunk_size))
     loop.prefill(ids, start, seed)
     history.end_prompt(ids, len(ids) + max_new_tokens + loop.num_draft_tokens)
     last = int(loop.token)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gemma4 import Gemma4
+from gemma4.decode_loop import DecodeLoop
 from gemma4.export import aoti
 from gemma4.export.aoti import export_aoti
 from gemma4.export.manifest import MANIFEST, PACKAGE, ArtifactMismatchError
@@ -63,10 +64,46 @@ def test_logits_and_greedy_tokens_equal_eager(loaded: ExportedGemma4, eager: Gem
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 31, 32, 33, 60])
 def test_every_length_of_prefill(tokens: int, loaded: ExportedGemma4, eager: Gemma4) -> None:
     ids = [(i * 37 + 5) % 320 for i in range(tokens)]
-    last = loaded._prefill(ids) if tokens > 1 else loaded._model.methods["prefill"](
-        torch.tensor(ids), torch.arange(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    )[1]  # fmt: skip
+    size = loaded.manifest.chunk_size
+    chunks = zip(torch.tensor(ids).split(size), torch.arange(tokens).split(size), strict=True)
+    neutral = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    *_, last = (loaded._model.methods["prefill"](*chunk, *neutral)[1] for chunk in chunks)
     torch.testing.assert_close(last, eager.logits(ids)[-1:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_conversation_goes_on_from_the_tokens_it_shares(loaded: ExportedGemma4, eager: Gemma4) -> None:
+    """Past the end of a ring of 24, too, after which the rings of its prompt are put back."""
+    ran: list[int] = []
+    method = loaded._model.methods["prefill"]
+
+    def counting(tokens: torch.Tensor, *rest: torch.Tensor) -> Any:
+        ran.append(tokens.shape[0])
+        return method(tokens, *rest)
+
+    said = PROMPT + loaded.generate_ids(PROMPT, 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loaded._model.methods, "prefill", counting)
+        for ids, new in (([*said, 7, 9, 3], 4), ([*said[:14], 1, 2], 2)):  # the last of an answer did not run yet
+            assert loaded.generate_ids(ids, 40) == eager.generate_ids(ids, 40)
+            assert sum(ran) == new
+            ran.clear()
+
+
+def test_a_failed_generation_leaves_nothing_behind(loaded: ExportedGemma4, eager: Gemma4) -> None:
+    def fail(*_: object) -> None:
+        raise InterruptedError
+
+    ids = [3, *PROMPT]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeLoop, "advance", fail)
+        with pytest.raises(InterruptedError):
+            loaded.generate_ids(ids, 5)
+    assert loaded._history.ids == []
+    assert loaded.generate_ids(ids, 5) == eager.generate_ids(ids, 5)
+    left = loaded.stream_ids(ids, 20)
+    next(left)
+    left.close()
+    assert loaded._history.ids[: len(ids)] == ids
 
 
 def test_sampling_equals_eager(loaded: ExportedGemma4, eager: Gemma4) -> None:

@@ -16,10 +16,11 @@ import torch
 from gemma4 import Gemma4
 from gemma4.cache import KVCache
 from gemma4.generate import generate_tokens, prefill
+from gemma4.history import TokenHistory
 from gemma4.quant.errors import ContextError
 from gemma4.ring_snapshot import RingSnapshot
 from gemma4.sampling import SamplingParams
-from gemma4.session import Session, TokenHistory
+from gemma4.session import SessionPool
 from tests.tiny_gguf import gemma4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,7 +173,7 @@ def test_a_snapshot_is_taken_where_an_answer_may_overwrite(
 @pytest.mark.parametrize("shared", [1, WINDOW, RING - 1, RING, 3 * RING + 5])
 @pytest.mark.parametrize("new", [1, RING + 1])
 def test_only_the_tokens_after_the_shared_ones_run(model: Gemma4, text: list[int], shared: int, new: int) -> None:
-    session = Session.begin(model.model, 180, GREEDY, ())
+    session = SessionPool(model.model, 180).take(GREEDY, ())
     for _ in generate_tokens(session, text[:shared], 0):
         pytest.fail("no token was asked for")
     ids = text[: shared + new]
@@ -249,7 +250,7 @@ def test_a_thought_that_the_template_strips(model: Gemma4, text: list[int], shar
 
 
 def test_bits_after_going_back_are_those_of_a_session_that_never_went_on(model: Gemma4, text: list[int]) -> None:
-    went_on, stayed = (Session.begin(model.model, 120, GREEDY, ()) for _ in range(2))
+    went_on, stayed = (SessionPool(model.model, 120).take(GREEDY, ()) for _ in range(2))
     for session, count in ((went_on, 40), (stayed, 0)):
         for _ in generate_tokens(session, text[:45], count):
             pass
