@@ -1,6 +1,6 @@
 """Time the attention ops at the shapes of Gemma 4 31B on one GPU: python -m benchmarks.attention
 
-Sliding layers: 32 query and 16 KV heads of 256, window 1024, ring of 2048. Full layers: 32 and 4 heads of 512, keys and
+Sliding layers: 32 query and 16 KV heads of 256, window 1024, ring of 1088. Full layers: 32 and 4 heads of 512, keys and
 values as two tensors, or tied as rows of one, which is what the model uses. All bfloat16. Each time is the median over
 CUDA graph replays. Decode rotates over caches of more than 300 MB together, so that none is found in L2; it is timed
 with heads as its result, and with the int8 activations that a decode step wants. Every attention is compared with the
@@ -52,6 +52,7 @@ from gemma4.kernels.tied_rope_cache import (
     tied_norm_rope,
     tied_norm_rope_cache,
 )
+from gemma4.ring import ring_length
 
 Q_HEADS = 32
 CHUNK = 2048
@@ -211,7 +212,7 @@ def seen(layer: Layer, position: int) -> int:
 
 
 def slots(layer: Layer, length: int) -> int:
-    return 2 * layer.window if layer.window else length
+    return ring_length(layer.window, 131072) if layer.window else length
 
 
 def norm_and_frequencies(head_dim: int) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def fit_report(
     """
     with open_weights(path) as file:
         config = Gemma4Config.from_gguf(file)
-        drafter = None if draft is None else _plan_drafter(draft, config, file)
+        drafter = None if draft is None else plan_drafter_for(draft, config, file)
         model = MemoryModel(config, plan_load(file, config), kv_cache, drafter=drafter)
     plan = model.at(context)
     if gpu_bytes is not None:
@@ -83,7 +83,8 @@ def fit_report(
     return FitReport(file.path, plan, gpu, gpu_bytes, model.longest_context(gpu_bytes))
 
 
-def _plan_drafter(path: Path, target: Gemma4Config, target_file: WeightFile) -> tuple[DrafterConfig, LoadPlan]:
+def plan_drafter_for(path: Path, target: Gemma4Config, target_file: WeightFile) -> tuple[DrafterConfig, LoadPlan]:
+    """Configuration and load plan of the drafter at `path`. Raises DrafterMismatchError, and errors of the file."""
     with GGUFFile.open(path) as file:
         config = DrafterConfig.from_gguf(file)
         check_pair(config, file.metadata, target, target_file.metadata, file.path)

@@ -12,8 +12,10 @@ import torch
 from rich.filesize import decimal
 
 from gemma4.api import Gemma4
-from gemma4.config import CacheKind
+from gemma4.config import CacheKind, Gemma4Config
 from gemma4.drafter import Drafter
+from gemma4.fit_report import plan_drafter_for
+from gemma4.open_weights import open_weights
 from gemma4.printable import printable
 from gemma4.sampling import SamplingParams
 from gemma4.speculate import NUM_DRAFT_TOKENS, Speculation
@@ -64,6 +66,9 @@ class Run:
         usable tokenizer.
         """
         begin = time.perf_counter()
+        if options.draft is not None:
+            with open_weights(path) as file:  # refuses a wrong pair before anything is loaded
+                plan_drafter_for(options.draft, Gemma4Config.from_gguf(file), file)
         model = Gemma4.from_gguf(
             path,
             device=options.device,

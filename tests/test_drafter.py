@@ -280,6 +280,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert of_last is not None
     assert 0 < of_last.drafted < chats[0].drafts.drafted
     other = str(drafter_for(gemma4(hidden=512)).write(tmp_path / "other.gguf"))
+    monkeypatch.setattr(Gemma4, "from_gguf", lambda *_, **__: pytest.fail("loaded before its drafter was refused"))
     with pytest.raises(SystemExit) as refused:
         main(["generate", target, "-p", "a", "--device", "cpu", "--draft", other])
     assert refused.value.code == 3
