@@ -70,7 +70,7 @@ def _tq4_prefill_kernel(
         q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_mask[:, None], other=0.0)
         acc_at = acc_ptr + (head * tokens * GROUP + rows)[:, None] * D + offs_v[None, :]
         row_at = (head * V_PARTS + part) * tokens * GROUP + rows  # a part may end before another begins
-        is_later = row_mask & (begin > 0)
+        is_later = rows < tl.where(begin > 0, tokens * GROUP, 0)
         acc = tl.load(acc_at, mask=is_later[:, None], other=0.0)
         row_max = tl.load(max_ptr + row_at, mask=is_later, other=float("-inf"))
         row_sum = tl.load(sum_ptr + row_at, mask=is_later, other=0.0)
