@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 PROMPT_TOKENS = 300
 GIVEN_TOKENS = 32
+REPEATS = 5
 
 
 def logits_file(name: str) -> Path:
@@ -77,11 +79,13 @@ def measure(model: Any, forward: Any, cache: Any, tokens: int) -> dict[str, Any]
 
     ids = prompt(model.config.vocab_size)
     new_ids = model.generate_ids(ids, tokens)
-    begin = time.perf_counter()
-    model.generate_ids(ids, 1)
-    prefilled = time.perf_counter()
-    model.generate_ids(ids, tokens)
-    decode_s = time.perf_counter() - prefilled - (prefilled - begin)
+
+    def seconds(count: int) -> float:
+        begin = time.perf_counter()
+        model.generate_ids(ids, count)
+        return time.perf_counter() - begin
+
+    decode_s = statistics.median(seconds(tokens) - seconds(1) for _ in range(REPEATS))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     with torch.inference_mode():
         rows = [prefill(forward, cache, ids)]

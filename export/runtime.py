@@ -76,13 +76,23 @@ class _CompiledModel:
         if num_logits is None:
             # Compiled methods take addresses that are multiples of 16 bytes, which slices do not have.
             pairs = zip(torch.split(tokens, 1), torch.split(input_pos, 1), strict=True)
-            return torch.cat([self._last(token.clone(), position.clone()) for token, position in pairs])
-        return self._last(tokens, input_pos)[:num_logits]
+            return torch.cat([self.run(token.clone(), position.clone())[1] for token, position in pairs])
+        return self.run(tokens, input_pos)[1][:num_logits]
 
-    def _last(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+    def run(self, tokens: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest next token, int64 [1], and the last position's logits [1, vocab_size]."""
         method = self.methods["decode" if tokens.shape[0] == 1 else "prefill"]
-        _, logits = method(tokens, input_pos, *self._neutral)
-        return logits
+        token, logits = method(tokens, input_pos, *self._neutral)
+        return token, logits
+
+
+class _CompiledLoop(DecodeLoop):
+    """Takes the token that the decode method itself finds, where the likeliest is wanted."""
+
+    def _next(self) -> Tensor:
+        if self.params.temperature > 0:
+            return super()._next()
+        return cast("_CompiledModel", self.model).run(self.token, self.position)[0]
 
 
 class ExportedGemma4:
@@ -109,7 +119,7 @@ class ExportedGemma4:
         self._model = model
         self._state = state
         self._cache = SimpleNamespace(max_seq_len=manifest.max_seq_len, chunk_size=manifest.chunk_size)
-        self._loops: dict[SamplingParams, DecodeLoop] = {}
+        self._loops: dict[SamplingParams, _CompiledLoop] = {}
         self._history = self._new_history()
         self._in_use = threading.Lock()
 
@@ -231,7 +241,7 @@ class ExportedGemma4:
             if params not in self._loops:
                 model, cache = cast("Any", self._model), cast("Any", self._cache)
                 names = self.manifest.dependent_kernels
-                self._loops = {params: DecodeLoop(model, cache, params, suppress_ids, dependent_kernels=names)}
+                self._loops = {params: _CompiledLoop(model, cache, params, suppress_ids, dependent_kernels=names)}
             # Kept only where the generation ends well, or nobody listens any more.
             history, self._history = self._history, self._new_history()
             session = Session(self._loops[params], history)

@@ -93,8 +93,12 @@ class DecodeLoop:
             logits = logits.index_fill(1, self.suppressed, float("-inf"))
         return sample(logits[0], self.params, self.generator)
 
+    def _next(self) -> Tensor:
+        """Runs the current token; int64 [1], the one after it."""
+        return self._pick(self.model(self.token, self.position, self.cache))
+
     def _step(self) -> None:
-        self.token.copy_(self._pick(self.model(self.token, self.position, self.cache)))
+        self.token.copy_(self._next())
         self.position.add_(1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
