@@ -35,7 +35,8 @@ class SliceShape(NamedTuple):
     def of(cls, tokens: int, kv_heads: int, state_bytes: int, key_bytes: int) -> SliceShape:
         """state_bytes: of a token in the softmax of one KV head; key_bytes: of a key and its value, decoded."""
         pieces = -(-tokens * state_bytes // SOFTMAX_BYTES)
-        at_once = -(-tokens // pieces)
+        # Kernels have a form of their own for addresses that are no multiples of 16 bytes.
+        at_once = min(tokens, -(-tokens // pieces // 16) * 16)
         heads = max(1, min(kv_heads, SOFTMAX_BYTES // (at_once * state_bytes)))
         left = SLICED_BYTES - heads * at_once * state_bytes
         return cls(at_once, heads, max(1, left // (heads * key_bytes * SLICE_KEYS)) * SLICE_KEYS)
