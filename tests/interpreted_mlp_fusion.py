@@ -30,7 +30,7 @@ def product(x: Tensor, packed: Packed) -> Tensor:
 
 
 # The odd size puts gate and up at other places in their tiles than they have alone.
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("n", [3])
 def test_rows_do_not_depend_on_their_neighbours(n: int, tokens: int) -> None:
     gate, up = weight(n, 256, 1), weight(n, 256, 2)
