@@ -82,7 +82,7 @@ def tensors_of_a_prompt(model: Gemma4, ids: list[int]) -> int:
     Compiles the kernels of a prompt.
     """
     cache = KVCache(model.config, model.max_seq_len, model.model.dtype, model.device, model.kv_cache)
-    model.model.reserve_workspace(min(len(ids), cache.chunk_size))  # for what cuBLAS keeps
+    model.model.reserve_workspace(len(ids))  # for what cuBLAS keeps
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     prefill(model.model, cache, ids)
@@ -167,7 +167,7 @@ def time_prefill(model: Gemma4, prompts: list[int]) -> dict[int, float]:
     for length in prompts:
         ids = torch.randint(0, model.config.vocab_size, (length,)).tolist()
         cache = KVCache(model.config, length, model.model.dtype, model.device, model.kv_cache)
-        model.model.reserve_workspace(min(length, cache.chunk_size))
+        model.model.reserve_workspace(length)
         is_long = length > LONG_PROMPT
         runs = timed(lambda c=cache, i=ids: prefill(model.model, c, i), 1 if is_long else 3, is_warm=is_long)
         seconds[length] = statistics.median(runs)

@@ -118,7 +118,7 @@ def run(model: Gemma4, tokens: int, *, decodes: bool) -> tuple[float | None, int
     device, text = model.device, model.model
     cache = KVCache(model.config, model.max_seq_len, text.dtype, device, model.kv_cache)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    text.reserve_workspace(min(tokens, cache.chunk_size))
+    text.reserve_workspace(tokens)
     logits = prefill(text, cache, ids)
     if not decodes:
         synchronize(device)

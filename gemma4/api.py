@@ -194,7 +194,7 @@ class Gemma4:
         if len(ids) > self.max_seq_len:
             raise ContextError(f"found {len(ids)} tokens, max_seq_len is {self.max_seq_len}", field="ids")
         cache = KVCache(self.config, len(ids), self.model.dtype, self.device, self.kv_cache)
-        self.model.reserve_workspace(min(len(ids), cache.chunk_size))
+        self.model.reserve_workspace(len(ids))
         return prefill(self.model, cache, ids, all_logits=True)
 
     def generate_ids(

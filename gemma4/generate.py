@@ -81,7 +81,7 @@ def generate_tokens(
     check_room(len(ids), max_new_tokens, loop.cache.max_seq_len)
     start = history.resume(ids)
     history.will_write(len(ids))
-    loop.model.reserve_workspace(min(len(ids) - start, loop.cache.chunk_size))
+    loop.model.reserve_workspace(len(ids) - start)
     logits = prefill(loop.model, loop.cache, ids[start:], start)
     history.end_prompt(ids, len(ids) + max_new_tokens)
     loop.start(logits, len(ids), seed)

@@ -25,6 +25,7 @@ from gemma4.quant.linear import MATVEC_OPS, Embedding, Linear, Rows
 from gemma4.quant.packed_weight import PackedWeight
 from gemma4.quant.plan import LoadEntry, LoadPlan
 from gemma4.quant.reserve import reserve_blocks
+from gemma4.ring import chunk_size
 from gemma4.rope import inverse_frequencies
 from gemma4.rows import DenseRows, PackedRows, RMSNorm, RowMaker, closed
 from gemma4.workspace import Workspace
@@ -305,7 +306,7 @@ class TextModel(Decoder):
             self.per_layer_projection_norm = weights.norm("per_layer_projection_norm", config.rms_norm_eps)
 
     def reserve_workspace(self, num_tokens: int) -> None:
-        """Has PyTorch hold the memory for a pass over so many tokens. On a CPU does nothing.
+        """Has PyTorch hold the memory for running so many tokens, at most a chunk at a time. On a CPU does nothing.
 
         Without it PyTorch would take memory tensor by tensor, and then more of it where what is free is in pieces.
         """
@@ -314,7 +315,8 @@ class TextModel(Decoder):
             # The BLAS keeps a workspace from its first product on, which must not be cut from these blocks.
             square = torch.ones(16, 16, dtype=self.dtype, device=device)
             torch.mm(square, square)
-            reserve_blocks(self.workspace.prefill_blocks(num_tokens), device)
+            tokens = chunk_size(self.config.sliding_window, num_tokens)
+            reserve_blocks(self.workspace.prefill_blocks(tokens), device)
 
     def forward(
         self,

@@ -217,7 +217,7 @@ def speculate_tokens(
     check_room(len(ids), max_new_tokens, loop.cache.max_seq_len)
     start = history.resume(ids)
     history.will_write(len(ids))
-    loop.model.reserve_workspace(min(len(ids) - start, loop.cache.chunk_size))
+    loop.model.reserve_workspace(len(ids) - start)
     loop.prefill(ids, start, seed)
     history.end_prompt(ids, len(ids) + max_new_tokens + loop.num_draft_tokens)
     last = int(loop.token)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from gemma4.config import Gemma4Config, LayerConfig, LayerKind
-from gemma4.kernels.pieces import SCRATCH_BYTES, SliceShape, piece_rows
+from gemma4.kernels.pieces import SCRATCH_BYTES, SLICED_BYTES, piece_rows
 from gemma4.quant.ggml_types import GGMLType, row_bytes
 from gemma4.quant.plan import LoadEntry, LoadPlan
 
@@ -135,7 +135,7 @@ class Workspace:
         yield x, projected + self._scratch(matrices, "self_attn.", tokens)
         # Normalised heads beside the projections; then with attention's output.
         yield 0, projected + q + 2 * kv
-        yield 0, 2 * q + max(2 * kv, self._sliced(layer, tokens))
+        yield 0, 2 * q + max(2 * kv, self._sliced(layer))
         yield x, q + self._scratch(matrices, "self_attn.o_proj", tokens)
         yield 2 * x, 0  # a branch, and the norm of the stream that it was added to
         ffn = tokens * layer.intermediate_size * b
@@ -152,14 +152,9 @@ class Workspace:
             expert = hidden * (2 * b + 8) + tokens * self.config.moe_intermediate_size * 6 * b
             yield 0, around + expert + self._scratch(matrices, "experts.", tokens)
 
-    def _sliced(self, layer: LayerConfig, tokens: int) -> float:
+    def _sliced(self, layer: LayerConfig) -> int:
         """Bytes in `gemma4.kernels.tq4_prefill`: a decoded slice of keys and values, and the state of its softmax."""
-        if layer.kind is not LayerKind.FULL:
-            return 0
-        of_token = layer.num_attention_heads // layer.num_key_value_heads * (4 * layer.head_dim + 16)
-        of_key = 2 * layer.head_dim * self.itemsize
-        shape = SliceShape.of(tokens, layer.num_key_value_heads, of_token, of_key)
-        return shape.heads * (shape.tokens * of_token + shape.keys * of_key)
+        return SLICED_BYTES if layer.kind is LayerKind.FULL else 0
 
     def _gated(self, fused: LoadEntry, tokens: int) -> float:
         """Bytes in `gemma4.kernels.gated_linear` beside its result: two pieces of products and one of weights."""

@@ -10,8 +10,8 @@ values serve as keys, too: k_codes hold the dimensions that rotary embedding tur
 Up to MAX_TOKENS tokens run as split-K decoding (`tq4_decode`): codes stay in their rotated basis, tile by tile, queries
 are rotated once and the result back, and the scale of a vector multiplies its scores, or its weights. More tokens run
 as `tq4_prefill`, which decodes a slice of keys for all of them at a time. The loops end at input_pos, read on the
-device: a step costs what its context does. Both keep the G heads that share a KV head in one tile. Products are float16
-with float32 sums whatever the dtype of q.
+device: a step costs what its context does. Both keep the G heads that share a KV head in one tile and sum in float32.
+Products are float16 in decoding, whatever the dtype of q, and of that dtype in prefill.
 """
 
 from __future__ import annotations
