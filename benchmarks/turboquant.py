@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.attention import microseconds, positions
 from gemma4.kernels import prefill_attention, tq4_decode, tq4_prefill
+from gemma4.kernels.tq4_cache import TQ4Cache
 from gemma4.kernels.tq4_rotation import launch_rotate_queries
 from gemma4.kernels.tq4_sdpa import tq4_sdpa, tq4_sdpa_reference
 from gemma4.kernels.tq4_write import tq4_write
@@ -30,7 +31,6 @@ DECODE_CONTEXTS = (512, 2048, 8192, 32768, 126976)
 PREFILL_CONTEXTS = (0, 6144, 30720, 124928)
 ROTATED_BYTES = 300_000_000
 TOLERANCE = 8e-3
-Cache = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Layer:
     def k_weight(self) -> Tensor | None:
         return torch.ones(self.head_dim, device="cuda") if self.turned < self.head_dim else None
 
-    def cache(self, length: int, bits: int) -> Cache:
-        """Random codes and scales near one: what any cache looks like."""
+    def cache(self, length: int, bits: int) -> TQ4Cache:
+        """Random codes, scales near one, and a first key: what any cache looks like."""
         shape = (1, self.kv_heads, length)
         codes = (
             torch.randint(256, (*shape, dim * bits // 8), dtype=torch.uint8, device="cuda")
@@ -59,7 +59,8 @@ class Layer:
         scales = (torch.rand(shape, device="cuda") + 0.5 for _ in range(2))
         k_codes, v_codes = codes
         k_scale, v_scale = scales
-        return k_codes, k_scale, v_codes, v_scale
+        width = self.turned * (self.turned < self.head_dim) + self.head_dim
+        return TQ4Cache(k_codes, k_scale, v_codes, v_scale, torch.randn(1, self.kv_heads, width, device="cuda"))
 
     def queries(self, tokens: int) -> Tensor:
         return torch.randn(1, self.q_heads, tokens, self.head_dim, device="cuda", dtype=torch.bfloat16)
@@ -89,26 +90,26 @@ def check_layer(layer: Layer, bits: int) -> None:
     for first, tokens in ((0, 1), (63, 1), (64, 1), (2900, 1), (2000, 2), (2000, 8), (0, 9), (1000, 300), (0, 700)):
         q, input_pos = layer.queries(tokens), positions(first, tokens)
         poisoned = tuple(x.clone() for x in cache)
-        for scales in poisoned[1::2]:
+        for scales in poisoned[1:4:2]:
             scales[:, :, first + tokens :] = torch.nan
         args = (layer.k_weight, input_pos, layer.scale)
         out = tq4_sdpa(q, *poisoned, *args)
-        check(out, tq4_sdpa_reference(q, *cache, *args), f"{layer.name} {bits} bits, {tokens} tokens after {first}")
+        check(out, tq4_sdpa_reference(q, cache, *args), f"{layer.name} {bits} bits, {tokens} tokens after {first}")
         if not torch.equal(out, tq4_sdpa(q, *poisoned, *args)):
             raise SystemExit("two runs differ")
     torch.use_deterministic_algorithms(False)
     k, v = (torch.randn(1, layer.kv_heads, 700, layer.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     new = tuple(torch.zeros_like(x) for x in cache)
     on_host = tuple(torch.zeros_like(x, device="cpu") for x in cache)
-    tq4_write(k, v, *new, positions(5, 700))
-    tq4_write(k.cpu(), v.cpu(), *on_host, positions(5, 700).cpu())
+    tq4_write(k, v, *new, positions(0, 700))
+    tq4_write(k.cpu(), v.cpu(), *on_host, positions(0, 700).cpu())
     for found, right in zip(new, on_host, strict=True):
         if found.dtype == torch.uint8:
             wrong = float((found.cpu() != right).float().mean())
             if wrong > 1e-3:
                 raise SystemExit(f"tq4_write: {wrong:.1%} of the codes differ")
         else:
-            check(found.cpu(), right, f"{layer.name} {bits} bits, scales of tq4_write")
+            check(found.cpu(), right, f"{layer.name} {bits} bits, numbers of tq4_write")
 
 
 def decode_us(layer: Layer, context: int, bits: int, call: Callable[..., object] = tq4_sdpa) -> float:
@@ -156,19 +157,20 @@ def report(what: str, time: Callable[[], float]) -> None:
 
 
 def _decode_with(layer: Layer, config: tq4_decode.TQ4DecodeConfig, q: Tensor, *rest: Tensor | float | None) -> None:
-    *cache, weight, input_pos, scale = rest
+    *tensors, weight, input_pos, scale = rest
+    cache = TQ4Cache(*tensors)
     rows = layer.q_heads // layer.kv_heads
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    splits = tq4_decode.split_count(config, layer.kv_heads, rows, cache[0].shape[2], multiprocessors)
+    splits = tq4_decode.split_count(config, layer.kv_heads, rows, cache.room, multiprocessors)
     queries = launch_rotate_queries(q, weight, layer.turned)
-    tq4_decode.tq4_decode_launch(queries, *cache, input_pos, scale, torch.empty_like(q), config, splits)
+    tq4_decode.tq4_decode_launch(queries, cache, input_pos, scale, torch.empty_like(q), config, splits)
 
 
 def _prefill_with(
     layer: Layer, config: prefill_attention.PrefillConfig, keys: int, q: Tensor, *rest: Tensor | float | None
 ) -> None:
     shape = tq4_prefill.slice_shape(q, layer.kv_heads)._replace(keys=keys)
-    tq4_prefill.tq4_prefill_launch(q, *rest, config, shape)
+    tq4_prefill.tq4_prefill_launch(q, TQ4Cache(*rest[:5]), *rest[5:], config, shape)
 
 
 def main() -> None:

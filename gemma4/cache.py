@@ -7,6 +7,8 @@ of a little more than their window (`gemma4.ring`). Full layers whose values are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -290,6 +292,18 @@ class KVCache:
         """Ends a pass: writes the chunks that shared layers held back."""
         for layer in self.own.values():
             layer.commit(input_pos)
+
+    @contextmanager
+    def up_to(self, end: int) -> Iterator[None]:
+        """Within, passes are at positions before `end`: layers that read a cache by slices leave out those behind."""
+        sliced = [layer for layer in self.own.values() if isinstance(layer, TurboQuantCache)]
+        for layer in sliced:
+            layer.end = end
+        try:
+            yield
+        finally:
+            for layer in sliced:
+                layer.end = self.max_seq_len
 
     def tensors(self) -> list[Tensor]:
         """Those of all layers."""

@@ -44,9 +44,10 @@ def prefill(
     positions = torch.arange(start, start + len(ids), dtype=torch.int64, device=device)
     logits: list[Tensor] = []
     for begin in range(0, len(ids), cache.chunk_size):
-        chunk = slice(begin, begin + cache.chunk_size)
-        wanted = None if all_logits else int(chunk.stop >= len(ids))
-        logits.append(model(tokens[chunk], positions[chunk], cache, wanted))
+        chunk = slice(begin, min(begin + cache.chunk_size, len(ids)))
+        wanted = None if all_logits else int(chunk.stop == len(ids))
+        with cache.up_to(start + chunk.stop):
+            logits.append(model(tokens[chunk], positions[chunk], cache, wanted))
     return torch.cat(logits)
 
 

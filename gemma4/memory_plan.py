@@ -48,16 +48,12 @@ _LEAST_TURBOQUANT_DIMS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """The caches of all layers of one kind. positions: those a layer keeps. bytes_per_token: of all layers together."""
+    """The caches of all layers of one kind. positions: those a layer keeps. nbytes: of all layers together."""
 
     kind: LayerKind
     layers: int
     positions: int
-    bytes_per_token: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.positions * self.bytes_per_token
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +109,8 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """All fields, with the sums."""
-        groups = [{**asdict(group), "nbytes": group.nbytes} for group in self.kv]
         return {
             **asdict(self),
-            "kv": groups,
             "kv_bytes": self.kv_bytes,
             "allowance_bytes": CONTEXT_BYTES + RUNTIME_BYTES,
             "total_bytes": self.total_bytes,
@@ -166,9 +160,11 @@ class MemoryModel:
             own = [layer for layer in config.layers if layer.kind is kind and layer.kv_source is None]
             if own:
                 positions = ring if kind is LayerKind.SLIDING else context
-                per_token = [size for layer in own for size in kv_tensors(config, layer, self.kv_cache, self.itemsize)]
-                groups.append(LayerGroup(kind, len(own), positions, sum(per_token)))
-                sizes += [positions * size for size in per_token]
+                of_kind = [
+                    size for layer in own for size in kv_tensors(config, layer, positions, self.kv_cache, self.itemsize)
+                ]
+                groups.append(LayerGroup(kind, len(own), positions, sum(of_kind)))
+                sizes += of_kind
         weight_segments, kv_segments = segment_bytes(self._weights), segment_bytes(sizes)
         prefill, decode = sum(self._workspace.prefill_blocks(chunk)), self._workspace.decode_bytes()
         alive = max(self._workspace.prefill_bytes(chunk), decode, self._draft_pass_bytes)
@@ -228,17 +224,20 @@ def weight_planes(entry: LoadEntry) -> Iterable[int]:
     return (blocks * size for size in _PLANE_BYTES[entry.type])
 
 
-def kv_tensors(config: Gemma4Config, layer: LayerConfig, kv_cache: CacheKind, itemsize: int = 2) -> tuple[int, ...]:
-    """Bytes per token in each tensor of the cache of a layer that has its own."""
-    rotated = tied_dims(config, layer)
+def kv_tensors(
+    config: Gemma4Config, layer: LayerConfig, positions: int, kv_cache: CacheKind, itemsize: int = 2
+) -> tuple[int, ...]:
+    """Bytes of each tensor of the cache of a layer that has its own."""
+    rotated, head_dim = tied_dims(config, layer), layer.head_dim
+    rows = layer.num_key_value_heads * positions
     if kv_cache.bits and layer.kind is LayerKind.FULL:
-        # Codes and a float32 scale, for the keys' own dimensions and for the values.
-        dims = (rotated if rotated >= _LEAST_TURBOQUANT_DIMS else layer.head_dim, layer.head_dim)
-        return tuple(layer.num_key_value_heads * size for dim in dims for size in (dim * kv_cache.bits // 8, 4))
+        # Codes and a float32 scale, for the keys' own dimensions and for the values, and one key in float32.
+        own = (rotated,) if rotated >= _LEAST_TURBOQUANT_DIMS else ()
+        codes = (rows * size for dim in (*(own or (head_dim,)), head_dim) for size in (dim * kv_cache.bits // 8, 4))
+        return (*codes, layer.num_key_value_heads * 4 * sum((*own, head_dim)))
     if rotated:
-        return (layer.num_key_value_heads * (layer.head_dim + rotated) * itemsize,)
-    size = layer.num_key_value_heads * layer.head_dim * itemsize
-    return (size, size)
+        return (rows * (head_dim + rotated) * itemsize,)
+    return (rows * head_dim * itemsize,) * 2
 
 
 def gib(size: int) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from gemma4.kernels.decode_attention import LOG2_E, device_limits
+from gemma4.kernels.tq4_cache import TQ4Cache
 from gemma4.kernels.tq4_rotation import hadamard, signs
 from gemma4.kernels.tq4_tile import curve_bits, load_levels, load_quarters
-from gemma4.kernels.tq4_write import code_widths
 
 MERGED_SPLITS = 16  # partial results that the merge holds at a time
 
@@ -58,17 +58,30 @@ CONFIGS = tuple(
 
 
 @triton.jit
+def _products(key_ptr, q_rows, row_mask, D: tl.constexpr, ROWS: tl.constexpr):
+    """float32 [ROWS]: the products of a float32 key [D] and float16 queries, whose pointers are q_rows [1, ROWS]."""
+    STEP: tl.constexpr = 64
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, STEP):
+        offs = start + tl.arange(0, STEP)
+        q = tl.load(q_rows + offs[:, None], mask=row_mask[None, :], other=0.0)
+        total += tl.sum(q.to(tl.float32) * tl.load(key_ptr + offs)[:, None], 0)
+    return total
+
+
+@triton.jit
 def _tq4_decode_split_kernel(
     q_ptr,  # [Hkv * GROUP, T, WIDTH] float16, rotated
     k_codes_ptr,  # [Hkv, L, TURNED * BITS / 8]
     k_scale_ptr,  # [Hkv, L]
     v_codes_ptr,  # [Hkv, L, D * BITS / 8]
     v_scale_ptr,  # [Hkv, L]
+    first_key_ptr,  # [Hkv, WIDTH] float32, rotated
     input_pos_ptr,  # [T] int64
     acc_ptr,  # [Hkv, SPLITS, GROUP * T, D] float32, rotated sums of exp2(score - max) * v
     max_ptr,  # [Hkv, SPLITS, GROUP * T] float32, largest score in units of log2
     sum_ptr,  # [Hkv, SPLITS, GROUP * T] float32, sums of exp2(score - max)
-    length,
+    room,
     scale_log2,
     T: tl.constexpr,
     GROUP: tl.constexpr,
@@ -108,9 +121,16 @@ def _tq4_decode_split_kernel(
     q0, q1, q2, q3 = load_quarters(q_rows, row_mask[None, :], TURNED)
     if TURNED < D:
         r0, r1, r2, r3 = load_quarters(q_rows + TURNED, row_mask[None, :], D)
-    slots_base = head * length
+    slots_base = head * room
 
     scale_log2 = tl.cast(scale_log2, tl.float32)  # a compiler may hand it over as float64
+    first_scores = tl.zeros([BLOCK_R], tl.float32)
+    if begin == 0:
+        first_key_ptr += head * WIDTH
+        first_scores = _products(first_key_ptr, q_rows, row_mask, TURNED, BLOCK_R)
+        if TURNED < D:
+            first_scores += _products(first_key_ptr + TURNED, q_rows + TURNED, row_mask, D, BLOCK_R)
+    first_scores *= scale_log2
     acc0 = tl.zeros([D // 4, BLOCK_R], tl.float32)
     acc1 = tl.zeros([D // 4, BLOCK_R], tl.float32)
     acc2 = tl.zeros([D // 4, BLOCK_R], tl.float32)
@@ -130,6 +150,7 @@ def _tq4_decode_split_kernel(
         if TURNED < D:
             products = tl.dot(v3, r3, tl.dot(v2, r2, tl.dot(v1, r1, tl.dot(v0, r0))))
             scores += products * (v_scale * scale_log2)[:, None]
+        scores = tl.where(key_pos[:, None] == 0, first_scores[None, :], scores)
         seen = key_mask[:, None] & (key_pos[:, None] <= row_pos[None, :])
         scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 0))
@@ -207,10 +228,7 @@ def split_count(config: TQ4DecodeConfig, kv_heads: int, rows: int, length: int, 
 
 def tq4_decode_launch(
     queries: Tensor,
-    k_codes: Tensor,
-    k_scale: Tensor,
-    v_codes: Tensor,
-    v_scale: Tensor,
+    cache: TQ4Cache,
     input_pos: Tensor,
     scale: float,
     out: Tensor,
@@ -219,8 +237,8 @@ def tq4_decode_launch(
 ) -> None:
     """Run the two kernels with the given configuration."""
     _, q_heads, tokens, head_dim = out.shape
-    kv_heads, length = k_codes.shape[1], k_codes.shape[2]
-    bits, turned = code_widths(head_dim, k_codes, v_codes)
+    kv_heads = cache.kv_heads
+    bits, turned = cache.widths(head_dim)
     rows = q_heads // kv_heads * tokens
     k_p, k_q = curve_bits(turned, bits)
     v_p, v_q = curve_bits(head_dim, bits)
@@ -229,15 +247,12 @@ def tq4_decode_launch(
     row_sum = torch.empty_like(row_max)
     wrap_triton(_tq4_decode_split_kernel)[(kv_heads * triton.cdiv(rows, config.block_r), splits)](
         q_ptr=queries,
-        k_codes_ptr=k_codes,
-        k_scale_ptr=k_scale,
-        v_codes_ptr=v_codes,
-        v_scale_ptr=v_scale,
+        **cache.pointers(),
         input_pos_ptr=input_pos,
         acc_ptr=acc,
         max_ptr=row_max,
         sum_ptr=row_sum,
-        length=length,
+        room=cache.room,
         scale_log2=scale * LOG2_E,
         T=tokens,
         GROUP=q_heads // kv_heads,
@@ -271,22 +286,13 @@ def tq4_decode_launch(
     )
 
 
-def tq4_decode(
-    queries: Tensor,
-    k_codes: Tensor,
-    k_scale: Tensor,
-    v_codes: Tensor,
-    v_scale: Tensor,
-    input_pos: Tensor,
-    scale: float,
-    out: Tensor,
-) -> None:
+def tq4_decode(queries: Tensor, cache: TQ4Cache, input_pos: Tensor, scale: float, out: Tensor) -> None:
     """Attend from rotated queries float16 [1, Hq, T, D or C + D], T = 1 to 8, into out [1, Hq, T, D]."""
     _, q_heads, tokens, head_dim = out.shape
-    kv_heads, length = k_codes.shape[1], k_codes.shape[2]
-    bits, turned = code_widths(head_dim, k_codes, v_codes)
+    kv_heads = cache.kv_heads
+    bits, turned = cache.widths(head_dim)
     rows = q_heads // kv_heads * tokens
     multiprocessors, shared_limit = device_limits(out.device)
     config = choose_config(rows, turned, head_dim, bits, shared_limit)
-    splits = split_count(config, kv_heads, rows, length, multiprocessors)
-    tq4_decode_launch(queries, k_codes, k_scale, v_codes, v_scale, input_pos, scale, out, config, splits)
+    splits = split_count(config, kv_heads, rows, cache.room, multiprocessors)
+    tq4_decode_launch(queries, cache, input_pos, scale, out, config, splits)

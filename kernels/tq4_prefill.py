@@ -23,6 +23,7 @@ from gemma4.kernels.decode_attention import LOG2_E, softmax_step
 from gemma4.kernels.pieces import COMPILED_PIECES, SLICE_KEYS, SLICED_BYTES, SliceShape
 from gemma4.kernels.prefill_attention import PrefillConfig, choose_config, device_limits
 from gemma4.kernels.split_merge import empty_heads
+from gemma4.kernels.tq4_cache import TQ4Cache
 from gemma4.kernels.tq4_rows import launch_tq4_rows
 
 
@@ -112,29 +113,17 @@ def slice_shape(q: Tensor, kv_heads: int) -> SliceShape:
     return SliceShape.of(tokens, kv_heads, q_heads // kv_heads * (4 * head_dim + 16), key_bytes)
 
 
-def tq4_prefill(
-    q: Tensor,
-    k_codes: Tensor,
-    k_scale: Tensor,
-    v_codes: Tensor,
-    v_scale: Tensor,
-    k_weight: Tensor | None,
-    input_pos: Tensor,
-    scale: float,
-) -> Tensor:
+def tq4_prefill(q: Tensor, cache: TQ4Cache, k_weight: Tensor | None, input_pos: Tensor, scale: float) -> Tensor:
     """As `gemma4::tq4_sdpa`, for more than a few tokens."""
     wgmma, shared_limit = device_limits(q.device)
     config = choose_config(q.shape[3], q.element_size(), wgmma and q.dtype != torch.float32, shared_limit)
-    shape = slice_shape(q, k_codes.shape[1])
-    return tq4_prefill_launch(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos, scale, config, shape)
+    shape = slice_shape(q, cache.kv_heads)
+    return tq4_prefill_launch(q, cache, k_weight, input_pos, scale, config, shape)
 
 
 def tq4_prefill_launch(
     q: Tensor,
-    k_codes: Tensor,
-    k_scale: Tensor,
-    v_codes: Tensor,
-    v_scale: Tensor,
+    cache: TQ4Cache,
     k_weight: Tensor | None,
     input_pos: Tensor,
     scale: float,
@@ -142,26 +131,23 @@ def tq4_prefill_launch(
     shape: SliceShape,
 ) -> Tensor:
     """Run the kernels with the given configuration and slices, of whole tiles of keys."""
-    tokens, group = q.shape[2], q.shape[1] // k_codes.shape[1]
+    tokens, group = q.shape[2], q.shape[1] // cache.kv_heads
     starts = range(0, tokens, shape.tokens) if isinstance(tokens, int) else (0,)
     queries = q.split(shape.heads * group, 1)
     out = None if torch.compiler.is_compiling() else empty_heads(q)
     # A compiler would copy the whole for each part that is written.
     results = [empty_heads(part) for part in queries] if out is None else out.split(shape.heads * group, 1)
-    k_codes_of, k_scale_of, v_codes_of, v_scale_of = (
-        x.split(shape.heads, 1) for x in (k_codes, k_scale, v_codes, v_scale)
-    )
-    caches = zip(k_codes_of, k_scale_of, v_codes_of, v_scale_of, strict=True)
-    for part, cache, result in zip(queries, caches, results, strict=True):
+    caches = map(TQ4Cache, *(x.split(shape.heads, 1) for x in cache))
+    for part, cache_of_part, result in zip(queries, caches, results, strict=True):
         for new in (slice(start, start + shape.tokens) for start in starts):
-            slices = part[:, :, new], cache, k_weight, input_pos[new], scale, result[:, :, new]
-            _attend_to_slices(*slices, config, min(shape.keys, k_codes.shape[2]))
+            slices = part[:, :, new], cache_of_part, k_weight, input_pos[new], scale, result[:, :, new]
+            _attend_to_slices(*slices, config, min(shape.keys, cache.length))
     return torch.cat([part.transpose(1, 2) for part in results], 2).transpose(1, 2) if out is None else out
 
 
 def _attend_to_slices(
     q: Tensor,
-    cache: tuple[Tensor, Tensor, Tensor, Tensor],
+    cache: TQ4Cache,
     k_weight: Tensor | None,
     input_pos: Tensor,
     scale: float,
@@ -171,7 +157,7 @@ def _attend_to_slices(
 ) -> None:
     """Fill `out` for the query heads of a few KV heads, slice by slice."""
     _, q_heads, tokens, head_dim = q.shape
-    _, kv_heads, length = cache[1].shape
+    kv_heads, length = cache.kv_heads, cache.length
     group = q_heads // kv_heads
     block_dv = min(head_dim, config.block_dv)
     parts = head_dim // block_dv
@@ -179,7 +165,7 @@ def _attend_to_slices(
     row_max, row_sum = (acc.new_empty((kv_heads, parts, tokens * group)) for _ in range(2))
     for begin in range(0, length, keys):
         decoded = q.new_empty((kv_heads, min(keys, length - begin), 2, head_dim))
-        launch_tq4_rows(*cache, k_weight, input_pos, begin, decoded)
+        launch_tq4_rows(cache, k_weight, input_pos, begin, decoded)
         wrap_triton(_tq4_prefill_kernel)[(triton.cdiv(tokens * group, config.block_m) * parts, kv_heads)](
             q_ptr=q,
             slice_ptr=decoded,

@@ -4,7 +4,7 @@
 
 q [1, Hq, T, D] and the result are in the model's basis and dtype, input_pos [T] int64 is consecutive, and keys and
 values of these positions are in the cache already (`gemma4::tq4_write`), so a chunk of a prompt sees of itself what
-later tokens will see of it. Codes and scales are those of `gemma4.kernels.turboquant`. Where k_weight [D] is given, the
+later tokens will see of it. The cache is as `gemma4.kernels.tq4_cache` describes it. Where k_weight [D] is given, the
 values serve as keys, too: k_codes hold the dimensions that rotary embedding turns (`gemma4.kernels.tq4_rotation`).
 
 Up to MAX_TOKENS tokens run as split-K decoding (`tq4_decode`): codes stay in their rotated basis, tile by tile, queries
@@ -23,55 +23,39 @@ from torch.library import triton_op
 
 from gemma4.kernels.decode_attention import MAX_TOKENS
 from gemma4.kernels.split_merge import by_token, empty_heads
+from gemma4.kernels.tq4_cache import TQ4Cache
 from gemma4.kernels.tq4_decode import tq4_decode
 from gemma4.kernels.tq4_prefill import tq4_prefill
 from gemma4.kernels.tq4_rotation import launch_rotate_queries, rotate_queries_reference
-from gemma4.kernels.tq4_write import check_codes, code_widths
 from gemma4.kernels.turboquant import decode, rotate_back
 
 
-def tq4_sdpa_reference(
-    q: Tensor,
-    k_codes: Tensor,
-    k_scale: Tensor,
-    v_codes: Tensor,
-    v_scale: Tensor,
-    k_weight: Tensor | None,
-    input_pos: Tensor,
-    scale: float,
-) -> Tensor:
+def tq4_sdpa_reference(q: Tensor, cache: TQ4Cache, k_weight: Tensor | None, input_pos: Tensor, scale: float) -> Tensor:
     """The definition, over every slot of the cache: no value of `input_pos` is read on the host."""
     head_dim, tokens = int(q.shape[3]), q.shape[2]
-    _, turned = code_widths(head_dim, k_codes, v_codes)
-    slots = torch.arange(k_scale.shape[2], device=q.device)
+    _, turned = cache.widths(head_dim)
+    slots = torch.arange(cache.length, device=q.device)
     written = slots <= input_pos[-1]
-    values = decode(v_codes, torch.where(written, v_scale, 0.0), head_dim)
-    keys = decode(k_codes, torch.where(written, k_scale, 0.0), turned)
+    values = decode(cache.v_codes, torch.where(written, cache.v_scale, 0.0), head_dim)
+    keys = decode(cache.k_codes, torch.where(written, cache.k_scale, 0.0), turned)
     if k_weight is not None:
         keys = torch.cat((keys, values), -1)
+    keys = torch.cat((cache.first_key[:, :, None], keys[:, :, 1:]), 2)
     queries = rotate_queries_reference(q, k_weight, turned).float()
-    rows = queries.view(1, k_codes.shape[1], -1, queries.shape[3])
+    rows = queries.view(1, cache.kv_heads, -1, queries.shape[3])
     seen = (slots <= input_pos[:, None]).repeat(rows.shape[2] // tokens, 1)
     weights = torch.softmax((rows @ keys.mT * scale).masked_fill(~seen, float("-inf")), -1)
     return rotate_back(weights @ values).reshape(q.shape).to(q.dtype)
 
 
-def _check(
-    q: Tensor,
-    k_codes: Tensor,
-    k_scale: Tensor,
-    v_codes: Tensor,
-    v_scale: Tensor,
-    k_weight: Tensor | None,
-    input_pos: Tensor,
-) -> None:
+def _check(q: Tensor, cache: TQ4Cache, k_weight: Tensor | None, input_pos: Tensor) -> None:
     if q.dim() != 4 or q.shape[0] != 1 or q.stride(3) != 1:
         raise ValueError(f"q must be [1, Hq, T, D], contiguous along D, got {list(q.shape)} strides {q.stride()}")
-    head_dim, kv_heads = int(q.shape[3]), int(k_codes.shape[1])
-    if q.shape[1] % kv_heads:
-        raise ValueError(f"{q.shape[1]} query heads do not share {kv_heads} KV heads")
-    check_codes(head_dim, kv_heads, k_codes, k_scale, v_codes, v_scale)
-    if (k_weight is None) != (k_codes.shape == v_codes.shape):
+    head_dim = int(q.shape[3])
+    if q.shape[1] % cache.kv_heads:
+        raise ValueError(f"{q.shape[1]} query heads do not share {cache.kv_heads} KV heads")
+    cache.check(head_dim, cache.kv_heads)
+    if (k_weight is None) != (cache.k_codes.shape == cache.v_codes.shape):
         raise ValueError("k_weight must be given where, and only where, k_codes are narrower than v_codes")
     if k_weight is not None and (k_weight.shape != (head_dim,) or k_weight.dtype != torch.float32):
         raise ValueError(f"k_weight must be float32 [{head_dim}], got {k_weight.dtype} {list(k_weight.shape)}")
@@ -86,6 +70,7 @@ def tq4_sdpa(
     k_scale: Tensor,
     v_codes: Tensor,
     v_scale: Tensor,
+    first_key: Tensor,
     k_weight: Tensor | None,
     input_pos: Tensor,
     scale: float,
@@ -95,15 +80,15 @@ def tq4_sdpa(
     In memory, the result lies token by token. Raises ValueError on shapes, dtypes or strides that do not fit. Positions
     are not checked: they stay on the device.
     """
-    _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
+    cache = TQ4Cache(k_codes, k_scale, v_codes, v_scale, first_key)
+    _check(q, cache, k_weight, input_pos)
     if q.device.type == "cpu":
-        return by_token(tq4_sdpa_reference(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos, scale))
-    cache = k_codes, k_scale, v_codes, v_scale
+        return by_token(tq4_sdpa_reference(q, cache, k_weight, input_pos, scale))
     if not guard_or_false(q.shape[2] <= MAX_TOKENS):
-        return tq4_prefill(q, *cache, k_weight, input_pos, scale)
+        return tq4_prefill(q, cache, k_weight, input_pos, scale)
     out = empty_heads(q)
-    _, turned = code_widths(int(q.shape[3]), k_codes, v_codes)
-    tq4_decode(launch_rotate_queries(q, k_weight, turned), *cache, input_pos, scale, out)
+    _, turned = cache.widths(int(q.shape[3]))
+    tq4_decode(launch_rotate_queries(q, k_weight, turned), cache, input_pos, scale, out)
     return out
 
 
@@ -114,11 +99,13 @@ def _(
     k_scale: Tensor,
     v_codes: Tensor,
     v_scale: Tensor,
+    first_key: Tensor,
     k_weight: Tensor | None,
     input_pos: Tensor,
     scale: float,
 ) -> Tensor:
-    _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
+    cache = TQ4Cache(k_codes, k_scale, v_codes, v_scale, first_key)
+    _check(q, cache, k_weight, input_pos)
     return empty_heads(q)
 
 
@@ -129,11 +116,12 @@ def _(
     k_scale: Tensor,
     v_codes: Tensor,
     v_scale: Tensor,
+    first_key: Tensor,
     k_weight: Tensor | None,
     input_pos: Tensor,
     scale: float,
 ) -> Tensor:
-    _check(q, k_codes, k_scale, v_codes, v_scale, k_weight, input_pos)
-    end = int(input_pos[-1]) + 1
-    codes, scales = (k_codes[:, :, :end], v_codes[:, :, :end]), (k_scale[:, :, :end], v_scale[:, :, :end])
-    return by_token(tq4_sdpa_reference(q, codes[0], scales[0], codes[1], scales[1], k_weight, input_pos, scale))
+    cache = TQ4Cache(k_codes, k_scale, v_codes, v_scale, first_key)
+    _check(q, cache, k_weight, input_pos)
+    seen = cache.first_slots(int(input_pos[-1]) + 1)
+    return by_token(tq4_sdpa_reference(q, seen, k_weight, input_pos, scale))

@@ -1,9 +1,7 @@
 """Writes new keys and values into a TurboQuant cache: rotate, encode, pack, by position on the device.
 
-k, v [1, Hkv, T, D]: normalized, rotary embedding applied to k. Codes uint8 [1, Hkv, L, C * bits / 8] and scales float32
-[1, Hkv, L], as `gemma4.kernels.turboquant` defines them; position p is slot p. v has C = D. k has C = D, or fewer where
-the values serve as keys in the dimensions that rotary embedding leaves (`gemma4.kernels.tq4_rotation`). One program
-encodes one vector.
+k, v [1, Hkv, T, D]: normalized, rotary embedding applied to k. The cache is as `gemma4.kernels.tq4_cache` describes it.
+One program encodes one vector.
 """
 
 from __future__ import annotations
@@ -14,21 +12,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from gemma4.kernels.tq4_cache import TQ4Cache
 from gemma4.kernels.tq4_rotation import hadamard, signs, turned_offsets, turned_part
-from gemma4.kernels.turboquant import BITS, MIN_DIM, codebook, encode, rotate
+from gemma4.kernels.turboquant import codebook, encode, rotate
 
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def tq4_write_reference(
-    k: Tensor, v: Tensor, k_codes: Tensor, k_scale: Tensor, v_codes: Tensor, v_scale: Tensor, input_pos: Tensor
-) -> None:
+def tq4_write_reference(k: Tensor, v: Tensor, cache: TQ4Cache, input_pos: Tensor) -> None:
     """The definition, in torch."""
-    bits, turned = code_widths(int(v.shape[3]), k_codes, v_codes)
-    for x, codes, scale in ((turned_part(k, turned), k_codes, k_scale), (v, v_codes, v_scale)):
-        new_codes, new_scale = encode(rotate(x).float(), bits)
+    bits, turned = cache.widths(int(v.shape[3]))
+    rotated = rotate(turned_part(k, turned)).float(), rotate(v).float()
+    for y, codes, scale in zip(rotated, cache[0:4:2], cache[1:4:2], strict=True):
+        new_codes, new_scale = encode(y, bits)
         codes.index_copy_(2, input_pos, new_codes)
         scale.index_copy_(2, input_pos, new_scale)
+    new_key = torch.cat(rotated, -1)[:, :, 0, : cache.first_key.shape[2]]
+    cache.first_key.copy_(torch.where(input_pos[0] == 0, new_key, cache.first_key))
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -78,12 +78,13 @@ def _tq4_write_kernel(
     k_scale_ptr,  # [Hkv, L]
     v_codes_ptr,  # [Hkv, L, D * BITS / 8]
     v_scale_ptr,  # [Hkv, L]
+    first_key_ptr,  # [Hkv, TURNED + D] where TURNED < D, else [Hkv, D]
     input_pos_ptr,  # [T] int64
     stride_kh,
     stride_kt,
     stride_vh,
     stride_vt,
-    length,
+    room,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     TURNED: tl.constexpr,
@@ -97,86 +98,52 @@ def _tq4_write_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
-    slot = head * length + tl.load(input_pos_ptr + token)
+    position = tl.load(input_pos_ptr + token)
+    slot = head * room + position
+    first_key_ptr += head * (TURNED + D if TURNED < D else D)
     if tl.program_id(1) < KV_HEADS:
         k_row = k_ptr + head * stride_kh + token * stride_kt
         k = tl.load(k_row + turned_offsets(D, TURNED)).to(tl.float32)
         k = hadamard(k * signs(TURNED), TURNED)
+        if position == 0:
+            tl.store(first_key_ptr + tl.arange(0, TURNED), k)
         _encode(k, k_codes_ptr + slot * (TURNED * BITS // 8), k_scale_ptr + slot, TURNED, BITS, K_GAIN, K_P, K_Q)
     else:
         v = tl.load(v_ptr + head * stride_vh + token * stride_vt + tl.arange(0, D)).to(tl.float32)
         v = hadamard(v * signs(D), D)
+        if TURNED < D and position == 0:
+            tl.store(first_key_ptr + TURNED + tl.arange(0, D), v)
         _encode(v, v_codes_ptr + slot * (D * BITS // 8), v_scale_ptr + slot, D, BITS, V_GAIN, V_P, V_Q)
 
 
 # ----------------------------------------------------------------------------------------------------------- op
 
 
-def code_widths(head_dim: int, k_codes: Tensor, v_codes: Tensor) -> tuple[int, int]:
-    """(bits of a code, dimensions of k that have codes) of a cache for heads of `head_dim`."""
-    bits = int(v_codes.shape[-1]) * 8 // head_dim
-    return bits, int(k_codes.shape[-1]) * 8 // max(bits, 1)
-
-
-def check_codes(
-    head_dim: int, kv_heads: int, k_codes: Tensor, k_scale: Tensor, v_codes: Tensor, v_scale: Tensor
-) -> None:
-    """Raise ValueError unless codes and scales are a TurboQuant cache for `kv_heads` heads of `head_dim`."""
-    if head_dim < MIN_DIM or head_dim & (head_dim - 1):
-        raise ValueError(f"head_dim must be a power of two from {MIN_DIM} on, got {head_dim}")
-    bits, turned = code_widths(head_dim, k_codes, v_codes)
-    if bits not in BITS or not MIN_DIM <= turned <= head_dim or turned & (turned - 1):
-        widths = " or ".join(str(head_dim * b // 8) for b in BITS)
-        raise ValueError(
-            f"v_codes must have {widths} bytes for each of {head_dim} dimensions and k_codes as many or fewer by a "
-            f"power of two, got {v_codes.shape[-1]} and {k_codes.shape[-1]}"
-        )
-    length = k_codes.shape[2]
-    for name, codes, dim in (("k_codes", k_codes, turned), ("v_codes", v_codes, head_dim)):
-        if codes.shape != (1, kv_heads, length, dim * bits // 8) or codes.dtype != torch.uint8:
-            raise ValueError(
-                f"{name} must be uint8 [1, {kv_heads}, {length}, {dim * bits // 8}], "
-                f"got {codes.dtype} {list(codes.shape)}"
-            )
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale.shape != (1, kv_heads, length) or scale.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32 [1, {kv_heads}, {length}], got {scale.dtype} {list(scale.shape)}")
-    if not all(x.is_contiguous() for x in (k_codes, k_scale, v_codes, v_scale)):
-        raise ValueError("codes and scales must be contiguous")
-
-
-def _check(
-    k: Tensor, v: Tensor, k_codes: Tensor, k_scale: Tensor, v_codes: Tensor, v_scale: Tensor, input_pos: Tensor
-) -> None:
+def _check(k: Tensor, v: Tensor, cache: TQ4Cache, input_pos: Tensor) -> None:
     if k.dim() != 4 or k.shape[0] != 1 or k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"k and v must be [1, Hkv, T, D] alike, got {k.dtype} {list(k.shape)}, {list(v.shape)}")
     if k.stride(3) != 1 or v.stride(3) != 1:
         raise ValueError("k and v must be contiguous along D")
-    check_codes(int(k.shape[3]), int(k.shape[1]), k_codes, k_scale, v_codes, v_scale)
+    cache.check(int(k.shape[3]), int(k.shape[1]))
     if input_pos.dim() != 1 or input_pos.shape[0] != k.shape[2] or input_pos.dtype != torch.int64:
         raise ValueError(f"input_pos must be int64 [{k.shape[2]}], got {input_pos.dtype} {list(input_pos.shape)}")
 
 
-def tq4_write_launch(
-    k: Tensor, v: Tensor, k_codes: Tensor, k_scale: Tensor, v_codes: Tensor, v_scale: Tensor, input_pos: Tensor
-) -> None:
+def tq4_write_launch(k: Tensor, v: Tensor, cache: TQ4Cache, input_pos: Tensor) -> None:
     """Run the kernel."""
     _, kv_heads, tokens, head_dim = k.shape
-    bits, turned = code_widths(head_dim, k_codes, v_codes)
+    bits, turned = cache.widths(head_dim)
     k_book, v_book = codebook(turned, bits), codebook(head_dim, bits)
     wrap_triton(_tq4_write_kernel)[(tokens, 2 * kv_heads)](
         k_ptr=k,
         v_ptr=v,
-        k_codes_ptr=k_codes,
-        k_scale_ptr=k_scale,
-        v_codes_ptr=v_codes,
-        v_scale_ptr=v_scale,
+        **cache.pointers(),
         input_pos_ptr=input_pos,
         stride_kh=k.stride(1),
         stride_kt=k.stride(2),
         stride_vh=v.stride(1),
         stride_vt=v.stride(2),
-        length=k_codes.shape[2],
+        room=cache.room,
         KV_HEADS=kv_heads,
         D=head_dim,
         TURNED=turned,
@@ -191,21 +158,36 @@ def tq4_write_launch(
     )
 
 
-@triton_op("gemma4::tq4_write", mutates_args={"k_codes", "k_scale", "v_codes", "v_scale"})
+@triton_op("gemma4::tq4_write", mutates_args={"k_codes", "k_scale", "v_codes", "v_scale", "first_key"})
 def tq4_write(
-    k: Tensor, v: Tensor, k_codes: Tensor, k_scale: Tensor, v_codes: Tensor, v_scale: Tensor, input_pos: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    first_key: Tensor,
+    input_pos: Tensor,
 ) -> None:
-    """Encode k, v [1, Hkv, T, D] into slots input_pos [T] int64 of the cache.
+    """Encode k, v [1, Hkv, T, D] into slots input_pos [T] int64, consecutive, of the cache.
 
     Raises ValueError on shapes, dtypes or strides that do not fit. Positions are not checked: they stay on the device.
     """
-    _check(k, v, k_codes, k_scale, v_codes, v_scale, input_pos)
+    cache = TQ4Cache(k_codes, k_scale, v_codes, v_scale, first_key)
+    _check(k, v, cache, input_pos)
     run = tq4_write_reference if k.device.type == "cpu" else tq4_write_launch
-    run(k, v, k_codes, k_scale, v_codes, v_scale, input_pos)
+    run(k, v, cache, input_pos)
 
 
 @tq4_write.register_fake
 def _(
-    k: Tensor, v: Tensor, k_codes: Tensor, k_scale: Tensor, v_codes: Tensor, v_scale: Tensor, input_pos: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    first_key: Tensor,
+    input_pos: Tensor,
 ) -> None:
-    _check(k, v, k_codes, k_scale, v_codes, v_scale, input_pos)
+    _check(k, v, TQ4Cache(k_codes, k_scale, v_codes, v_scale, first_key), input_pos)

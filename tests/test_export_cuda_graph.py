@@ -20,7 +20,7 @@ OF_ROWS = {"h_out_ptr", "x_ptr", "xq_ptr", "xs_ptr", "xsum_ptr", "y_ptr"}
 OF_ATTENTION = {"out_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr", "acc_ptr", "max_ptr", "sum_ptr", "slice_ptr"}
 OF_CACHE = {
     "lossless": {"rows_ptr"},
-    "turboquant": {"k_codes_ptr", "k_scale_ptr", "v_codes_ptr", "v_scale_ptr"},
+    "turboquant": {"k_codes_ptr", "k_scale_ptr", "v_codes_ptr", "v_scale_ptr", "first_key_ptr"},
 }
 
 

@@ -101,7 +101,7 @@ def test_caches(header: Header, context: int) -> None:
         for i, layer in cache.own.items():
             kind = config.layers[i].kind
             (group,) = [group for group in planned.kv if group.kind is kind]
-            sizes = [group.positions * size for size in kv_tensors(config, config.layers[i], kv_cache)]
+            sizes = kv_tensors(config, config.layers[i], group.positions, kv_cache)
             assert sorted(sizes) == sorted(tensor.nbytes for tensor in layer.tensors().values())
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +12,7 @@ from torch import Tensor
 from gemma4.kernels import prefill_attention, tq4_decode, tq4_prefill, tq4_rows
 from gemma4.kernels.pieces import SLICED_BYTES, SliceShape
 from gemma4.kernels.prefill_attention import choose_config
+from gemma4.kernels.tq4_cache import TQ4Cache
 from gemma4.kernels.tq4_prefill import slice_shape
 from gemma4.kernels.tq4_sdpa import tq4_sdpa, tq4_sdpa_reference
 from gemma4.kernels.tq4_write import tq4_write
@@ -34,11 +34,12 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("function", [tq4_sdpa, tq4_sdpa_reference])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu(case: Case, function: Callable[..., Tensor]) -> None:
+def test_cpu(case: Case) -> None:
     problem = make_problem(case)
-    assert relative_error(function(*problem.arguments()), problem.answer) < 1e-6
+    found = tq4_sdpa_reference(problem.q, problem.cache, problem.k_weight, problem.input_pos, SCALE)
+    assert relative_error(found, problem.answer) < 1e-6
+    assert relative_error(tq4_sdpa(*problem.arguments()), problem.answer) < 1e-6
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -46,11 +47,15 @@ def test_write_on_cpu(case: Case) -> None:
     problem = make_problem(case)
     cache = empty_cache(case)
     tq4_write(problem.k[:, :, case.first :], problem.v[:, :, case.first :], *cache, problem.input_pos)
-    for found, expected in zip(cache, problem.cache, strict=True):
+    for found, expected in zip(cache[:4], problem.cache[:4], strict=True):
         new = slice(case.first, case.first + case.tokens)
         assert torch.equal(found[:, :, new], expected[:, :, new])
         untouched = found[:, :, : case.first]
         assert untouched.isnan().all() if untouched.is_floating_point() else (untouched == 0xA5).all()
+    if case.first:
+        assert cache.first_key.isnan().all()
+    else:
+        assert torch.equal(cache.first_key, problem.cache.first_key)
 
 
 def test_kernels_in_the_interpreter() -> None:
@@ -69,14 +74,25 @@ def rejected(message: str, **changes: Any) -> Any:
         rejected("do not share", q=torch.zeros(1, 3, 1, 128)),
         rejected("power of two", q=torch.zeros(1, 4, 1, 32)),
         rejected("v_codes must have 64 or 96", v_codes=torch.zeros(1, 2, 8, 80, dtype=torch.uint8)),
-        rejected("v_codes must be uint8 .1, 2, 7", k_codes=torch.zeros(1, 2, 7, 96, dtype=torch.uint8)),
+        rejected("k_scale must be float32 .1, 2, 7", k_codes=torch.zeros(1, 2, 7, 96, dtype=torch.uint8)),
         rejected("v_codes must be uint8", v_codes=torch.zeros(1, 2, 8, 96, dtype=torch.int8)),
         rejected("k_scale must be", k_scale=torch.zeros(1, 2, 8, dtype=torch.float16)),
         rejected("v_scale must be", v_scale=torch.zeros(1, 2, 9)),
-        rejected("contiguous", k_scale=torch.zeros(1, 2, 16)[..., ::2]),
-        rejected("where, and only where", k_codes=torch.zeros(1, 2, 8, 48, dtype=torch.uint8)),
+        rejected("v_scale: expected strides .8, 1. .*got .16, 2", v_scale=torch.zeros(1, 2, 16)[..., ::2]),
+        rejected("first_key must be float32 .1, 2, 128", first_key=torch.zeros(1, 2, 192)),
+        rejected("first_key must be", first_key=torch.zeros(1, 2, 128, dtype=torch.float16)),
+        rejected(
+            "where, and only where",
+            k_codes=torch.zeros(1, 2, 8, 48, dtype=torch.uint8),
+            first_key=torch.zeros(1, 2, 192),
+        ),
         rejected("where, and only where", k_weight=torch.zeros(128)),
-        rejected("k_weight must be", k_codes=torch.zeros(1, 2, 8, 48, dtype=torch.uint8), k_weight=torch.zeros(64)),
+        rejected(
+            "k_weight must be",
+            k_codes=torch.zeros(1, 2, 8, 48, dtype=torch.uint8),
+            first_key=torch.zeros(1, 2, 192),
+            k_weight=torch.zeros(64),
+        ),
         rejected("input_pos", input_pos=torch.zeros(1, dtype=torch.int32)),
         rejected("input_pos", input_pos=torch.zeros(2, dtype=torch.int64)),
     ],
@@ -84,7 +100,8 @@ def rejected(message: str, **changes: Any) -> Any:
 def test_rejects(message: str, changes: dict[str, Any]) -> None:
     codes, scales = torch.zeros(1, 2, 8, 96, dtype=torch.uint8), torch.zeros(1, 2, 8)
     valid = {"q": torch.zeros(1, 4, 1, 128), "k_codes": codes, "k_scale": scales, "v_codes": codes, "v_scale": scales}
-    valid |= {"k_weight": None, "input_pos": torch.zeros(1, dtype=torch.int64), "scale": 1.0}
+    valid |= {"first_key": torch.zeros(1, 2, 128), "k_weight": None, "scale": 1.0}
+    valid["input_pos"] = torch.zeros(1, dtype=torch.int64)
     tq4_sdpa(**valid)
     with pytest.raises(ValueError, match=message):
         tq4_sdpa(**(valid | changes))
@@ -103,6 +120,7 @@ def test_write_rejects(message: str, changes: dict[str, Any]) -> None:
     codes, scales = torch.zeros(1, 2, 8, 96, dtype=torch.uint8), torch.zeros(1, 2, 8)
     valid = {"k": torch.ones(1, 2, 1, 128), "v": torch.ones(1, 2, 1, 128), "input_pos": torch.tensor([3])}
     cache = {"k_codes": codes, "k_scale": scales, "v_codes": codes.clone(), "v_scale": scales.clone()}
+    cache["first_key"] = torch.zeros(1, 2, 128)
     tq4_write(**valid, **cache)
     assert scales[0, 0].nonzero().tolist() == [[3]]
     with pytest.raises(ValueError, match=message):
@@ -119,16 +137,16 @@ def test_opcheck() -> None:
 
 
 class Step(torch.nn.Module):
-    """Writes and attends; the cache is four zero buffers."""
+    """Writes and attends; the cache is zero buffers."""
 
     def __init__(self, case: Case, k_weight: Tensor | None) -> None:
         super().__init__()
         self.k_weight = k_weight
-        for name, tensor in zip(("k_codes", "k_scale", "v_codes", "v_scale"), empty_cache(case), strict=True):
+        for name, tensor in empty_cache(case)._asdict().items():
             self.register_buffer(name, torch.zeros_like(tensor))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
-        cache = (self.k_codes, self.k_scale, self.v_codes, self.v_scale)
+        cache = tuple(getattr(self, name) for name in TQ4Cache._fields)
         tq4_write(k, v, *cache, input_pos)
         out: Tensor = tq4_sdpa(q, *cache, self.k_weight, input_pos, SCALE)
         return out
@@ -146,15 +164,15 @@ def test_export_keeps_the_nodes_and_needs_only_zero_caches(tokens: int | None) -
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert [t for t in targets if t.startswith("gemma4.")] == ["gemma4.tq4_write.default", "gemma4.tq4_sdpa.default"]
     names = set(program.graph_signature.buffers)
-    assert names == {"k_codes", "k_scale", "v_codes", "v_scale"}
+    assert names == set(TQ4Cache._fields)
     assert relative_error(program.module()(*example), problem.answer) < 1e-6
 
 
-def on_meta(shape: Case) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+def on_meta(shape: Case) -> tuple[Tensor, TQ4Cache, Tensor]:
     """Queries, cache and positions of a launch, without storage."""
     q = torch.empty(1, shape.q_heads, shape.tokens, shape.head_dim, dtype=torch.bfloat16, device="meta")
     input_pos = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
-    return q, tuple(x.to("meta") for x in empty_cache(shape)), input_pos
+    return q, TQ4Cache(*(x.to("meta") for x in empty_cache(shape))), input_pos
 
 
 TARGETS = [(80, "512", 4), (90, "tied", 6), (120, "tied", 6)]
@@ -167,7 +185,7 @@ def test_decode_fits_the_device(capability: int, name: str, bits: int) -> None:
     config = tq4_decode.choose_config(shape.q_heads // shape.kv_heads, *widths, limit)
     q, cache, input_pos = on_meta(shape)
     queries = q.new_empty(*q.shape[:3], shape.head_dim + shape.turned * shape.is_tied, dtype=torch.float16)
-    args = (queries, *cache, input_pos, 1.0, q, config, 66)
+    args = (queries, cache, input_pos, 1.0, q, config, 66)
     kernel, merge = compile_launches(tq4_decode, capability, "tq4_decode_launch", *args)
     assert kernel.metadata.shared <= config.shared_bytes(*widths) <= limit
     assert merge.metadata.shared <= limit
@@ -180,7 +198,7 @@ def test_prefill_fits_the_device(capability: int, name: str, bits: int) -> None:
     config = choose_config(shape.head_dim, 2, capability == 90, limit)
     q, cache, input_pos = on_meta(shape)
     k_weight = torch.empty(shape.head_dim, device="meta") if shape.is_tied else None
-    args = (q, *cache, k_weight, input_pos, 1.0, config, SliceShape(300, shape.kv_heads, 1024))
+    args = (q, cache, k_weight, input_pos, 1.0, config, SliceShape(300, shape.kv_heads, 1024))
     with mock.patch.object(tq4_prefill, "launch_tq4_rows") as launch_rows:
         (kernel,) = compile_launches(tq4_prefill, capability, "tq4_prefill_launch", *args)
     (rows,) = compile_launches(tq4_rows, capability, "launch_tq4_rows", *launch_rows.call_args.args)
@@ -249,10 +267,12 @@ def test_gpu_slices_change_no_bit() -> None:
     results = []
     for shape in (SliceShape(500, 4, 5120), SliceShape(500, 1, 1024), SliceShape(200, 2, 2048)):
         with poisoned_outputs():
-            args = (problem.q, *problem.cache, problem.k_weight, problem.input_pos, SCALE, config, shape)
+            args = (problem.q, problem.cache, problem.k_weight, problem.input_pos, SCALE, config, shape)
             results.append(tq4_prefill.tq4_prefill_launch(*args))
-    assert torch.equal(results[1], results[0])
-    assert torch.equal(results[2], results[0])
+    few = problem.cache.first_slots(3584)
+    results.append(tq4_sdpa(problem.q, *few, problem.k_weight, problem.input_pos, SCALE))
+    for found in results[1:]:
+        assert torch.equal(found, results[0])
 
 
 @pytest.mark.gpu
@@ -262,13 +282,17 @@ def test_gpu_write(case: Case) -> None:
     cache = empty_cache(case, "cuda")
     tq4_write(problem.k[:, :, case.first :], problem.v[:, :, case.first :], *cache, problem.input_pos)
     new = slice(case.first, case.first + case.tokens)
-    for found, expected in zip(cache, problem.cache, strict=True):
+    for found, expected in zip(cache[:4], problem.cache[:4], strict=True):
         if found.is_floating_point():
             torch.testing.assert_close(found[:, :, new], expected[:, :, new], rtol=1e-4, atol=0)
         else:  # a coordinate on the border of two cells may fall into either
             assert (found[:, :, new] != expected[:, :, new]).float().mean() < 1e-3
         untouched = found[:, :, : case.first]
         assert untouched.isnan().all() if untouched.is_floating_point() else (untouched == 0xA5).all()
+    if case.first:
+        assert cache.first_key.isnan().all()
+    else:
+        torch.testing.assert_close(cache.first_key, problem.cache.first_key, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -276,7 +300,7 @@ def test_one_cuda_graph_serves_every_position() -> None:
     case = dataclasses.replace(LAYERS["tied"], first=5000)
     problem = make_problem(case, torch.bfloat16, "cuda")
     q, input_pos = problem.q.clone(), problem.input_pos.clone()
-    cache = tuple(x.nan_to_num() if x.is_floating_point() else x for x in problem.cache)
+    cache = TQ4Cache(*(x.nan_to_num() if x.is_floating_point() else x for x in problem.cache))
     tq4_sdpa(q, *cache, problem.k_weight, input_pos, SCALE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -284,5 +308,5 @@ def test_one_cuda_graph_serves_every_position() -> None:
     for position in (0, 77, 1500, 5000):
         input_pos.fill_(position)
         graph.replay()
-        expected = tq4_sdpa_reference(q, *cache, problem.k_weight, input_pos, SCALE)
+        expected = tq4_sdpa_reference(q, cache, problem.k_weight, input_pos, SCALE)
         assert relative_error(out, expected) < 8e-3

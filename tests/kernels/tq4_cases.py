@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemma4.kernels.tq4_cache import TQ4Cache
 from gemma4.kernels.tq4_rotation import turned_part
 from gemma4.kernels.turboquant import decode, encode, rotate, rotate_back
 
@@ -44,20 +45,22 @@ class Problem:
     v: Tensor
     k_weight: Tensor | None
     input_pos: Tensor
-    cache: tuple[Tensor, Tensor, Tensor, Tensor]
+    cache: TQ4Cache
     answer: Tensor
 
     def arguments(self) -> tuple[object, ...]:
         return (self.q, *self.cache, self.k_weight, self.input_pos, SCALE)
 
 
-def empty_cache(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k_codes, k_scale, v_codes, v_scale with nothing in them: arbitrary codes, NaN scales."""
+def empty_cache(case: Case, device: str = "cpu") -> TQ4Cache:
+    """A cache with nothing in it: arbitrary codes, NaN in the rest."""
     shape = (1, case.kv_heads, case.length)
     codes = (torch.full((*shape, d * case.bits // 8), 0xA5, dtype=torch.uint8) for d in (case.turned, case.head_dim))
     k_codes, v_codes = (x.to(device) for x in codes)
     k_scale, v_scale = (torch.full(shape, torch.nan, device=device) for _ in range(2))
-    return k_codes, k_scale, v_codes, v_scale
+    width = case.turned * case.is_tied + case.head_dim
+    first_key = torch.full((1, case.kv_heads, width), torch.nan, device=device)
+    return TQ4Cache(k_codes, k_scale, v_codes, v_scale, first_key)
 
 
 def make_problem(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
@@ -74,12 +77,16 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32, device: str = "
         k = joint.flatten(-2)
     cache = empty_cache(case, device)
     k_hat = store(cache[:2], turned_part(k, case.turned), case.bits)
-    v_hat = store(cache[2:], v, case.bits)
+    v_hat = store(cache[2:4], v, case.bits)
+    first = rotate(turned_part(k, case.turned)[:, :, 0].float())
     if k_weight is not None:
         turned = k_hat.unflatten(-1, (2, -1))
         joint = (v_hat * k_weight).unflatten(-1, (2, -1)).clone()
         joint[..., : case.turned // 2] = turned
         k_hat = joint.flatten(-2)
+        first = torch.cat((first, rotate(v[:, :, 0].float())), -1)
+    cache.first_key.copy_(first)
+    k_hat[:, :, 0] = k[:, :, 0]
     input_pos = torch.arange(case.first, total, device=device)
     return Problem(q, k, v, k_weight, input_pos, cache, exact_attention(q, k_hat, v_hat, input_pos))
 
