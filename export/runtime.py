@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -58,6 +58,17 @@ def open_methods(folder: Path) -> tuple[Manifest, torch.device, Methods, dict[st
     except (SafetensorError, FileNotFoundError, RuntimeError) as error:
         raise MalformedError(f"cannot be opened: {error}", path=folder) from error
     return manifest, device, methods, constants
+
+
+class _CompiledCache(NamedTuple):
+    """What generation asks a cache; its tensors are the methods' own."""
+
+    max_seq_len: int
+    chunk_size: int
+
+    def up_to(self, end: int) -> AbstractContextManager[None]:
+        """Nothing: compiled methods read what the positions on the device tell them to."""
+        return nullcontext()
 
 
 class _CompiledModel:
@@ -118,7 +129,7 @@ class ExportedGemma4:
         self.sampling = SamplingParams.from_metadata(metadata, path)
         self._model = model
         self._state = state
-        self._cache = SimpleNamespace(max_seq_len=manifest.max_seq_len, chunk_size=manifest.chunk_size)
+        self._cache = _CompiledCache(manifest.max_seq_len, manifest.chunk_size)
         self._loops: dict[SamplingParams, _CompiledLoop] = {}
         self._history = self._new_history()
         self._in_use = threading.Lock()

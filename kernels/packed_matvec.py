@@ -4,8 +4,8 @@ An op `gemma4::<format>_matvec(xq, xs, xsum, *planes, out_dtype) -> [M, N]` mult
 `gemma4::quantize_activations` with a packed weight. Products and sums inside 16 weights are exact integers;
 scaling and the sum over K are float32 in a fixed order.
 
-The format's own kernel takes M below MMA_ROWS, the tensor-core kernel of `gemma4.kernels.packed_mma` larger M of most
-formats. Their sums differ in the last bits; either computes a row of W or x alike alone and among others.
+The format's own kernel takes M below MMA_ROWS, the tensor-core kernel of `gemma4.kernels.packed_mma` larger M. Their
+sums differ in the last bits; either computes a row of W or x alike alone and among others.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ MAX_ROWS = 8
 """Most rows M of x that a matvec op takes."""
 MMA_ROWS = FRAGMENT_ROWS.value
 """From this many rows of x on, tensor cores take less time than repeating a matvec's arithmetic."""
-MMA_FORMATS = frozenset({"q4_k", "q5_k", "q6_k", "q8_0"})
-"""The formats it takes: of the others each of its instructions would multiply only a quarter of what it could."""
 SHORT_ROWS = 4096
 """A weight of up to this many rows is read by programs that all run at once."""
 SHORT_BYTES = 256
@@ -45,8 +43,8 @@ def matvec_tile(name: str, n: int, k: int, m: int) -> dict[str, int]:
     fmt = PACKED_FORMATS[name]
     along_k = 4 if k >= 8192 else 1
     steps = triton.cdiv(k // fmt.unit, 32 * along_k)
-    # Rows of W share the loads of x, which weigh more the more rows x has; from five on registers run out.
-    rows = 4 if 1 < m <= 4 else 2
+    # Rows of W share the loads of x, which weigh more the more rows x has.
+    rows = 4 if m > 1 else 2
     early = steps if steps <= 3 and m == 1 else 1
     if n <= SHORT_ROWS:
         early = max(1, min(early, SHORT_BYTES // (rows * fmt.unit_bytes)))
@@ -108,12 +106,12 @@ def launch_packed_matvec(
     out_dtype: torch.dtype,
     **options: int,
 ) -> Tensor:
-    """Run `kernel`, or that on tensor cores; on CPU tensors only where Triton interprets.
+    """Run `kernel`, or from MMA_ROWS on that on tensor cores; on CPU tensors only where Triton interprets.
 
     `options` override the chosen tile.
     """
     m, n, k = _check(name, activations, planes, out_dtype)
-    if m >= MMA_ROWS and name in MMA_FORMATS:
+    if m >= MMA_ROWS:
         return launch_packed_mma(name, activations, planes, out_dtype, **options)
     xq, xs, xsum = activations
     y = xs.new_empty((m, n), dtype=out_dtype)

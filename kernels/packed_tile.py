@@ -1,6 +1,7 @@
 """The shared parts of the packed matvec kernels: how a program's threads cover W, and the inner product.
 
-Every kernel computes y[m, n] = sum_k x[m, k] * W[n, k] for a block of rows n and all M rows of x. A program
+Every kernel computes y[m, n] = sum_k x[m, k] * W[n, k] for a block of rows n and all M rows of x, M below
+FRAGMENT_ROWS (`gemma4.kernels.activations`, which has the layout of x). A program
 holds a tile of W with dimensions
 
     [KL, RL, KW, R]    KL lanes of a warp along K, RL lanes (then warps) along N, KW warps along K,
@@ -20,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemma4.kernels.activations import FRAGMENT_ROWS, activation_runs
+from gemma4.kernels.activations import activation_runs
 from gemma4.kernels.dependent_launch import await_inputs
 from gemma4.kernels.dp4a import dot4_signed, dot4_unsigned
 
@@ -236,10 +237,8 @@ def dot_sixteen(
     acc,  # [KL, RL, KW, R, 4] int32 to add to, or None
 ):
     """[KL, RL, KW, R, 4] int32: four partial dot products of 16 weights with 16 activations."""
-    first, second = activation_runs(plane, m, sixteenth, M, K)
+    first, _ = activation_runs(plane, m, sixteenth, M, K)  # of so few rows the second follows it
     words = xq_ptr.to(tl.pointer_type(tl.int32)) + first * 2 + tl.arange(0, 4)[None, None, None, :]
-    if M >= FRAGMENT_ROWS:
-        words += (tl.arange(0, 4) // 2)[None, None, None, :] * ((second - first - 1) * 2)
     x = tl.broadcast_to(tl.load(words)[:, :, :, None, :], w.shape)
     if acc is None:
         acc = tl.zeros(w.shape, tl.int32)
