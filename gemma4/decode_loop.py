@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gemma4.model import TextModel
 
 _WARM_UP_STEPS = 2
-_STEP_BYTES = 8 << 20
+_STEP_BYTES = 10 << 20
 """Memory of a captured step: asked for less at first, PyTorch takes 20 MiB."""
 
 
