@@ -37,7 +37,7 @@ def floor_speed(model: MemoryModel, bandwidth: float, context: int) -> float:
     """
     plan, window = model.at(context), model.config.sliding_window
     read = {LayerKind.SLIDING: min(context, window), LayerKind.FULL: context}
-    return bandwidth / (plan.weight_bytes + sum(group.bytes_per_token * read[group.kind] for group in plan.kv))
+    return bandwidth / (plan.weight_bytes + sum(group.nbytes / group.positions * read[group.kind] for group in plan.kv))
 
 
 def context_axis(axes: Axes, contexts: tuple[int, ...], **labels: Any) -> None:
