@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gemma4.kernels import linear as ops
+from gemma4.kernels.dequantize_planes import packed_embedding
 from gemma4.kernels.gated_linear import gated_linear as _gated_linear
 from gemma4.kernels.gelu_mul import gelu_mul
 from gemma4.kernels.packed_matvec import MAX_ROWS
@@ -116,4 +117,8 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [T] int64 -> float32 [T, K]."""
-        return self.weight.tensor.dequantize(ids)
+        weight = self.weight
+        if weight.ggml_type in LINEAR_OPS and ids.is_cuda:
+            rows: Tensor = packed_embedding(ids, weight.planes, weight.ggml_type.name.lower())
+            return rows
+        return weight.tensor.dequantize(ids)

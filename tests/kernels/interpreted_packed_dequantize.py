@@ -26,6 +26,15 @@ def test_decoded_weights_are_exact(name: str, n: int) -> None:
     assert torch.equal(out.double(), weight.exact)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_embedded_rows_are_exact(name: str) -> None:
+    weight = make_weight(name, 33, 768 if PACKED_FORMATS[name].block == 256 else 736)
+    ids = torch.tensor([32, 0, 7, 7])
+    with poisoned_outputs():
+        out = launch_dequantize_planes(name, weight.planes, torch.float32, ids)
+    assert torch.equal(out.double(), weight.exact[ids])
+
+
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("m", "k"), [(1, 32), (2, 96), (3, 736), (5, 96), (1, 2048)])

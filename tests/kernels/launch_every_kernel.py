@@ -20,7 +20,7 @@ import gemma4.kernels
 from gemma4.kernels import linear
 from gemma4.kernels.activations import quantize_activations
 from gemma4.kernels.decode_attention import MAX_TOKENS, decode_attention, decode_attention_quantize
-from gemma4.kernels.dequantize_planes import dequantize_planes
+from gemma4.kernels.dequantize_planes import dequantize_planes, packed_embedding
 from gemma4.kernels.fused_norm import residual_norm, residual_norm_, residual_norm_quantize, rms_norm, rms_norm_quantize
 from gemma4.kernels.gated_linear import gated_linear
 from gemma4.kernels.gelu_mul import gelu_mul, gelu_mul_quantize
@@ -51,6 +51,7 @@ def packed(device: str) -> None:
             getattr(torch.ops.gemma4, f"{name}_matvec")(*quantize_activations(x), *weight.planes)
             getattr(linear, f"{name}_linear")(x, *weight.planes)
         dequantize_planes(name, weight.planes, torch.bfloat16)
+        packed_embedding(torch.tensor([32, 0], device=device), weight.planes, name)
         gated_linear(x, [plane[:32] for plane in weight.planes], name)
     long = make_weight("q8_0", 33, 8192, device)
     torch.ops.gemma4.q8_0_matvec(*quantize_activations(make_rows(8, 8192, torch.bfloat16, device)), *long.planes)

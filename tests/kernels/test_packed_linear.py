@@ -11,7 +11,7 @@ from gemma4.kernels import activations as activations_module
 from gemma4.kernels import dequantize_planes as dequantize_module
 from gemma4.kernels import linear as linear_module
 from gemma4.kernels.activations import dequantize_activations, quantize_activations
-from gemma4.kernels.dequantize_planes import dequantize_planes
+from gemma4.kernels.dequantize_planes import dequantize_planes, packed_embedding
 from tests.kernels.attention_cases import poisoned_outputs, relative_error
 from tests.kernels.packed_cases import NAMES, assert_product, make_rows, make_weight, meta
 from tests.kernels.triton_without_gpu import SHARED_LIMITS, compile_launches, run_interpreted
@@ -114,6 +114,16 @@ def test_quantized_activations_on_the_cpu(planes: int, bound: float) -> None:
     torch.library.opcheck(torch.ops.gemma4.quantize_activations.default, (x, planes))
 
 
+def test_embedding() -> None:
+    weight = make_weight("q6_k", N, K)
+    planes, exact = weight.planes, weight.exact
+    ids = torch.tensor([3, 69, 3])
+    assert torch.equal(packed_embedding(ids, planes, "q6_k").double(), exact[ids])
+    torch.library.opcheck(torch.ops.gemma4.packed_embedding.default, (ids, list(planes), "q6_k"))
+    with pytest.raises(ValueError, match=r"ids must be int64 \[T\] on cpu, got torch.int32 \[3\]"):
+        packed_embedding(ids.int(), planes, "q6_k")
+
+
 # Kernels from here on
 
 
@@ -123,7 +133,8 @@ def test_kernels_compile(capability: int) -> None:
     launches = compile_launches(activations_module, capability, "launch_quantize_activations", x, 2)
     for name in ("q4_k", "q6_k"):
         arguments = (name, meta(make_weight(name, N, K).planes), torch.bfloat16)
-        launches += compile_launches(dequantize_module, capability, "launch_dequantize_planes", *arguments)
+        for ids in (None, torch.empty(3, dtype=torch.int64, device="meta")):
+            launches += compile_launches(dequantize_module, capability, "launch_dequantize_planes", *arguments, ids)
     assert all(compiled.metadata.shared < SHARED_LIMITS[120] for compiled in launches)
 
 
@@ -137,6 +148,17 @@ def test_gpu_decode_is_exact(name: str) -> None:
     with poisoned_outputs():
         assert torch.equal(dequantize_planes(name, weight.planes, torch.float32).double(), weight.exact)
         assert torch.equal(dequantize_planes(name, weight.planes, torch.bfloat16), weight.exact.float().bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu_embedded_rows_are_exact(name: str) -> None:
+    weight = make_weight(name, 33, 2048, "cuda")
+    for ids in ([32], [5, 0, 32, 5], list(range(33)) * 70):
+        chosen = torch.tensor(ids, device="cuda")
+        with poisoned_outputs():
+            out = packed_embedding(chosen, weight.planes, name)
+        assert torch.equal(out.double(), weight.exact[chosen])
 
 
 @pytest.mark.gpu
