@@ -290,7 +290,9 @@ class Decoder(nn.Module):
         h, x = make.residual_normed(h, y, last.closing_norm, last.layer_scalar, self.norm)
         logits: Tensor = self.lm_head(x).float()
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap, h
+        if cap is not None:
+            logits.div_(cap).tanh_().mul_(cap)  # in place: the widest rows there are
+        return logits, h
 
 
 class TextModel(Decoder):
