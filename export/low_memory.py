@@ -1,7 +1,7 @@
 """Compiling a model whose weights and caches take no memory, and opening what was compiled.
 
 The only place that touches private names of torch. Ahead-of-time compilation reads nothing of a weight but its shape,
-dtype and device, so a tensor may stand there with its storage freed. Eight places take this amiss, and four more
+dtype and device, so a tensor may stand there with its storage freed. Eight places take this amiss, and five more
 do not suit us:
 
     clone_preserve_strides          copies every buffer; a freed one has nothing to copy, its copy is another freed one
@@ -16,6 +16,7 @@ do not suit us:
     ttir_to_functions               what that code does: anything, where assembly is not known to write nothing
     convert_cubin_to_obj            names an object by the kernel's code, which two kernels, or processes, may share
     generate_example_value          what a kernel is tried with, as large as the real thing: here all of one piece
+    codegen_int_array_var           tells what it writes to apart by addresses, which come again: here all are kept
 
 Names are checked against the torch that is installed, and versions other than those tried are refused.
 """
@@ -59,6 +60,7 @@ PATCHED_NAMES: Final = (
     ("torch._higher_order_ops.triton_kernel_wrap", "ttir_to_functions"),
     ("torch._inductor.codecache", "convert_cubin_to_obj"),
     ("torch._inductor.select_algorithm", "AlgorithmSelectorCache.generate_example_value"),
+    ("torch._inductor.codegen.cpp_wrapper_cpu", "CppWrapperCpu.codegen_int_array_var"),
 )
 # Module, attribute: what is called.
 CALLED_NAMES: Final = (
@@ -320,6 +322,17 @@ def _generate_example_value(original: Callable[..., Tensor]) -> staticmethod[...
 
 _SHORT_BYTES: Final = 1 << 20
 
+
+def _codegen_int_array_var(original: Callable[..., str]) -> Callable[..., str]:
+    kept: dict[Callable[[str], None], Callable[[str], None]] = {}  # equal bound methods are one
+
+    def codegen(wrapper: Any, int_array: str, writeline: Callable[[str], None], *args: Any, **kwargs: Any) -> str:
+        # Taken for another, an array would be used where it is not declared.
+        return original(wrapper, int_array, kept.setdefault(writeline, writeline), *args, **kwargs)
+
+    return codegen
+
+
 _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _clone_preserve_strides,
     _is_same_tensor,
@@ -333,6 +346,7 @@ _REPLACEMENTS: Final[Sequence[Callable[[Any], Any]]] = (
     _ttir_to_functions,
     _convert_cubin_to_obj,
     _generate_example_value,
+    _codegen_int_array_var,
 )
 
 

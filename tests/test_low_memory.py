@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -172,6 +173,19 @@ def test_kernels_of_the_same_code_have_objects_of_their_own(tmp_path: Path) -> N
     symbols = [subprocess.check_output(["nm", obj], text=True) for obj in objects]
     assert ["norm_3" in text for text in symbols] == [True, False]
     assert ["norm_7" in text for text in symbols] == [False, True]
+
+
+def test_arrays_are_declared_once_in_each_text_they_are_used_in() -> None:
+    with low_memory.patched_compiler():
+        wrappers = importlib.import_module("torch._inductor.codegen.cpp_wrapper_cpu")
+        wrapper = object.__new__(wrappers.CppWrapperCpu)
+        wrapper.codegen_int_array_var_cache, wrapper.declared_int_array_vars = {}, set()
+        wrapper.int_array_id = itertools.count()
+        for _ in range(1000):
+            text = wrappers.IndentedBuffer()  # likely where the one before it was
+            names = {wrapper.codegen_int_array_var("{5376L, 1L}", text.writeline, True) for _ in range(3)}
+            assert len(names) == 1
+            assert text.getvalue().count(f"{names.pop()}[] = {{5376L, 1L}};") == 1
 
 
 def test_zeros_take_no_memory_where_they_are_read() -> None:

@@ -45,14 +45,14 @@ CASES = [
 
 def packed(device: str) -> None:
     for name in NAMES:
-        weight = make_weight(name, 33, 768, device)
+        weight = make_weight(name, 65, 768, device)
         for m in (1, 3, 8):
             x = make_rows(m, 768, torch.bfloat16, device)
             getattr(torch.ops.gemma4, f"{name}_matvec")(*quantize_activations(x), *weight.planes)
             getattr(linear, f"{name}_linear")(x, *weight.planes)
         dequantize_planes(name, weight.planes, torch.bfloat16)
-        packed_embedding(torch.tensor([32, 0], device=device), weight.planes, name)
-        gated_linear(x, [plane[:32] for plane in weight.planes], name)
+        packed_embedding(torch.tensor([64, 0], device=device), weight.planes, name)
+        gated_linear(x, [plane[:64] for plane in weight.planes], name)
     long = make_weight("q8_0", 33, 8192, device)
     torch.ops.gemma4.q8_0_matvec(*quantize_activations(make_rows(8, 8192, torch.bfloat16, device)), *long.planes)
 
