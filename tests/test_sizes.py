@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.size_runs import measure_pairs
+from benchmarks.sizes import TABLE, describe, measure, read_measured, row
+from benchmarks.synthesize import write, write_header, write_random_bytes
 from tests.family_gguf import SHRUNKEN, quantize
 from tests.tiny_gguf import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
-    from benchmarks.size_runs import measure_pairs
-    from benchmarks.sizes import TABLE, describe, measure, read_measured, row
-    from benchmarks.synthesize import write, write_header, write_random_bytes
 
 
 @pytest.mark.parametrize(("size", "recipe"), [("26B-A4B", "MXFP4_MOE"), ("E2B", "Q4_K_S")])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.needle import NEEDLE, digit_ids, divergence, haystack, numbers, read, row, runs, score
 from gemma4 import Gemma4, turboquant_cache
 from gemma4.cache import HeadTransform, KVCache, LayerCache, OwnCache, SharedCache
 from gemma4.config import CacheKind, LayerConfig, LayerKind
@@ -21,10 +22,6 @@ from gemma4.rows import DenseRows
 from gemma4.turboquant_cache import TurboQuantCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(Path(__file__).parents[1])  # benchmarks are not installed
-    from benchmarks.needle import NEEDLE, digit_ids, divergence, haystack, numbers, read, row, runs, score
 
 
 @pytest.fixture(scope="module")
